@@ -1,0 +1,1 @@
+"""Recipes, presets, plans, errors and paper-table arithmetic. Nothing here imports torch or deepspeed."""

@@ -1,0 +1,116 @@
+"""Architectures by name: the paper's tables, the published DiT and DiT-MoE families, and CPU sizes."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from dsmoe.base.errors import ConfigError, choose_from
+
+EXPERT_KINDS = ("swiglu", "gelu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a DiT is made of, apart from what data and codec decide (input size, channels, classes).
+
+    depth, dim, heads: number of blocks, hidden size D, attention heads (heads divides dim).
+    patch: side of a square patch in latent pixels.
+    mlp_ratio: hidden size of the dense MLP and of one routed expert, in units of dim.
+    num_experts: routed experts a block; 0 makes a dense DiT.
+    top_k: experts a token visits (ignored when dense).
+    expert_kind: "swiglu" (three matrices, no bias; DiT-MoE) or "gelu" (two matrices with biases; upcycled DiT).
+    shared_ratio: hidden size of the always-on SwiGLU shared expert in units of dim; 0 for none.
+    renormalize: divide the top-k probabilities by their sum (off in published DiT-MoE weights).
+    """
+
+    depth: int
+    dim: int
+    heads: int
+    patch: int = 2
+    mlp_ratio: float = 4.0
+    num_experts: int = 0
+    top_k: int = 2
+    expert_kind: str = "swiglu"
+    shared_ratio: float = 0.0
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "dim", "heads", "patch", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.mlp_ratio <= 0:
+            raise ConfigError(f"model.mlp_ratio is {self.mlp_ratio}; it must be above 0.")
+        if self.num_experts < 0 or self.shared_ratio < 0:
+            raise ConfigError(
+                f"model.num_experts is {self.num_experts} and model.shared_ratio {self.shared_ratio}; "
+                "neither may be negative (0 means none)."
+            )
+        if self.dim % self.heads:
+            raise ConfigError(f"model.heads {self.heads} does not divide model.dim {self.dim}.")
+        if self.dim % 4:
+            raise ConfigError(f"model.dim is {self.dim}; the 2-D position embedding needs a multiple of 4.")
+        if self.num_experts and self.top_k > self.num_experts:
+            raise ConfigError(f"model.top_k {self.top_k} exceeds model.num_experts {self.num_experts}.")
+        if self.expert_kind not in EXPERT_KINDS:
+            raise ConfigError(choose_from("model.expert_kind", self.expert_kind, EXPERT_KINDS))
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden units of the dense MLP and of each routed expert."""
+        return int(self.dim * self.mlp_ratio)
+
+    @property
+    def shared_hidden(self) -> int:
+        """Hidden units of the shared expert, 0 for none."""
+        return int(self.dim * self.shared_ratio)
+
+
+def _dense(depth: int, dim: int, heads: int, patch: int = 2) -> ModelSpec:
+    return ModelSpec(depth=depth, dim=dim, heads=heads, patch=patch)
+
+
+def _moe(depth: int, dim: int, heads: int, experts: int, patch: int = 2) -> ModelSpec:
+    return ModelSpec(depth=depth, dim=dim, heads=heads, patch=patch, num_experts=experts, shared_ratio=2.0)
+
+
+_DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+PRESETS: dict[str, ModelSpec] = {
+    # Paper Table 1.
+    "a1": _dense(12, 256, 16),
+    "a2": _dense(16, 512, 16),
+    "a3": _dense(20, 768, 16),
+    "a4": _dense(24, 1024, 16),
+    "a5": _dense(28, 1536, 16),
+    "a6": _dense(32, 1792, 16),
+    # DiT (Peebles & Xie 2023), Table 1.
+    **{f"{size}/{patch}": _dense(*shape, patch) for size, shape in _DIT_SIZES.items() for patch in (2, 4, 8)},
+    # Paper Table 2 and the DiT-MoE family (Fei et al. 2024).
+    "S/2-8E2A": _moe(12, 384, 6, 8),
+    "S/2-16E2A": _moe(12, 384, 6, 16),
+    "B/2-8E2A": _moe(12, 768, 12, 8),
+    "L/2-8E2A": _moe(24, 1024, 16, 8),
+    "XL/2-8E2A": _moe(28, 1152, 16, 8),
+    "G/2-16E2A": _moe(40, 1408, 16, 16),
+    # The paper's upcycled generalist backbone: DiT-XL/2 with GELU experts, no shared expert (section 4.4).
+    "XL-8E2A": ModelSpec(depth=28, dim=1152, heads=16, num_experts=8, expert_kind="gelu"),
+    # CPU sizes, ours.
+    "nano": _dense(4, 128, 4),
+    "nano-4E2A": _moe(4, 128, 4, 4),
+    "micro": _dense(6, 192, 6),
+    "micro-8E2A": _moe(6, 192, 6, 8),
+}
+
+
+def preset(name: str, **changes: object) -> ModelSpec:
+    """The named architecture, with fields replaced; ConfigError names close presets or fields."""
+    if name not in PRESETS:
+        raise ConfigError(choose_from("model.preset", name, PRESETS))
+    fields = {f.name for f in dataclasses.fields(ModelSpec)}
+    for key in changes:
+        if key not in fields:
+            raise ConfigError(choose_from("model key", key, sorted(fields)))
+    return dataclasses.replace(PRESETS[name], **changes)

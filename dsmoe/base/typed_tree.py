@@ -1,0 +1,131 @@
+"""Mappings (YAML, JSON) into frozen dataclass trees, strictly: unknown keys, wrong types and duplicates are errors."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.base.presets import ModelSpec, preset
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, which plain YAML silently overwrites."""
+
+
+def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise ConfigError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); keep one of them.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; ConfigError when it is unreadable, malformed or not a mapping."""
+    try:
+        tree = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values.")
+    return tree
+
+
+def set_by_path(tree: dict, dotted: str, text: str) -> None:
+    """Set `a.b.c` in nested mappings to the YAML value of `text`; unknown keys are found later, when typed."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {dotted}={text!r}: the value is not valid YAML: {error}") from error
+    *parents, last = dotted.split(".")
+    node = tree
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {dotted}={text}: {key!r} holds a plain value, not further keys.")
+    node[last] = value
+
+
+def from_mapping(cls: type, tree: object, where: str) -> object:
+    """Build the dataclass `cls` from `tree`, recursively; `where` prefixes keys in messages."""
+    label = "" if where == "recipe" else f"{where}."
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} is {tree!r}; it must hold keys ({', '.join(_names(cls))}).")
+    if cls is ModelSpec and "preset" in tree:
+        return _from_preset(tree)
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(choose_from("key", f"{label}{key}", [label + n for n in _names(cls)]))
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in tree and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(label + m for m in missing)}; add it.")
+    return cls(**{key: _typed(hints[key], value, label + key) for key, value in tree.items()})
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _from_preset(tree: dict) -> ModelSpec:
+    hints = typing.get_type_hints(ModelSpec)
+    changes = {k: v for k, v in tree.items() if k != "preset"}
+    for key in changes:
+        if key not in hints:
+            raise ConfigError(choose_from("key", f"model.{key}", [f"model.{n}" for n in ("preset", *_names(ModelSpec))]))
+    return preset(str(tree["preset"]), **{k: _typed(hints[k], v, f"model.{k}") for k, v in changes.items()})
+
+
+def _typed(hint: object, value: object, where: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where)
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            if option is type(value) or (option is float and type(value) is int):
+                return _typed(option, value, where)
+        return _typed(next(o for o in options if o is not type(None)), value, where)
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)) or len(value) != len(parts):
+            raise ConfigError(f"{where} is {value!r}; it must be a list of {len(parts)} numbers.")
+        return tuple(_typed(p, v, where) for p, v in zip(parts, value, strict=True))
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: object, value: object, where: str) -> object:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-4 as a string and 4e5 as one too; both are numbers to everyone else.
+        try:
+            number = float(value) if isinstance(value, (int, float, str)) else None
+        except ValueError:
+            number = None
+        if number is not None and number == number and abs(number) != float("inf"):
+            if hint is float:
+                return number
+            if number.is_integer():
+                return value if isinstance(value, int) else int(number)
+    kind = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}[hint]
+    raise ConfigError(f"{where} is {value!r}; it must be {kind}.")

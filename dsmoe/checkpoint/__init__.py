@@ -1,0 +1,1 @@
+"""Weight files: safetensors with the plan inside, loadable without DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Published checkpoints in and out: key layouts here, file formats beside them."""

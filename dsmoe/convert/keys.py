@@ -1,0 +1,219 @@
+"""Published state-dict layouts <-> ours, as pure functions on dicts of tensors.
+
+Known layouts: DiT (contracts 2.1.1), DiT-MoE S and B (2.2: one module an expert, SwiGLU) and upcycled DiT
+(2.3: one GELU MLP with biases an expert). Ours differs in two ways only: the experts of a block are stacked
+into three tensors, and the position embedding is computed, not stored. File formats, EMA wrappers and the
+other published variants (joint Wqkv with q/k norm, several patch convolutions) do not live here.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsmoe.base.accounting import TIMESTEP_DIM
+from dsmoe.base.errors import CheckpointError
+from dsmoe.base.presets import ModelSpec
+from dsmoe.models.embedders import position_embedding
+
+POSITION_KEY = "pos_embed"
+POSITION_TOLERANCE = 1e-5
+_SHOWN = 6
+
+# A None in a shape is a size the architecture leaves open (latent channels, labels, outputs).
+Shape = tuple[int | None, ...]
+
+
+def _common_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Every key both layouts share."""
+    dim, patch = spec.dim, spec.patch
+    shapes: dict[str, Shape] = {
+        "x_embedder.proj.weight": (dim, None, patch, patch),
+        "x_embedder.proj.bias": (dim,),
+        "y_embedder.embedding_table.weight": (None, dim),
+    }
+
+    def linear(name: str, out: int | None, inputs: int) -> None:
+        shapes[f"{name}.weight"] = (out, inputs)
+        shapes[f"{name}.bias"] = (out,)
+
+    linear("t_embedder.mlp.0", dim, TIMESTEP_DIM)
+    linear("t_embedder.mlp.2", dim, dim)
+    for i in range(spec.depth):
+        block = f"blocks.{i}"
+        linear(f"{block}.attn.qkv", 3 * dim, dim)
+        linear(f"{block}.attn.proj", dim, dim)
+        linear(f"{block}.adaLN_modulation.1", 6 * dim, dim)
+        if not spec.is_moe:
+            linear(f"{block}.mlp.fc1", spec.mlp_hidden, dim)
+            linear(f"{block}.mlp.fc2", dim, spec.mlp_hidden)
+            continue
+        shapes[f"{block}.moe.gate.weight"] = (spec.num_experts, dim)
+        if spec.shared_hidden:
+            shapes[f"{block}.moe.shared_experts.gate_proj.weight"] = (spec.shared_hidden, dim)
+            shapes[f"{block}.moe.shared_experts.up_proj.weight"] = (spec.shared_hidden, dim)
+            shapes[f"{block}.moe.shared_experts.down_proj.weight"] = (dim, spec.shared_hidden)
+    linear("final_layer.linear", None, dim)
+    linear("final_layer.adaLN_modulation.1", 2 * dim, dim)
+    return shapes
+
+
+def _expert_prefixes(spec: ModelSpec) -> list[str]:
+    return [f"blocks.{i}.moe.experts." for i in range(spec.depth)] if spec.is_moe else []
+
+
+def _published_expert_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Keys of one expert in the published layouts, after `experts.{e}.`."""
+    dim, hidden = spec.dim, spec.mlp_hidden
+    if spec.expert_kind == "swiglu":
+        return {
+            "gate_proj.weight": (hidden, dim),
+            "up_proj.weight": (hidden, dim),
+            "down_proj.weight": (dim, hidden),
+        }
+    return {
+        "fc1.weight": (hidden, dim),
+        "fc1.bias": (hidden,),
+        "fc2.weight": (dim, hidden),
+        "fc2.bias": (dim,),
+    }
+
+
+def published_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Key -> shape of the published layout of `spec`; None marks an open size."""
+    shapes = _common_shapes(spec) | {POSITION_KEY: (1, None, spec.dim)}
+    for prefix in _expert_prefixes(spec):
+        for e in range(spec.num_experts):
+            shapes |= {f"{prefix}{e}.{key}": shape for key, shape in _published_expert_shapes(spec).items()}
+    return shapes
+
+
+def our_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Key -> shape of `DiT(spec, ...).state_dict()`; None marks an open size."""
+    shapes = _common_shapes(spec)
+    experts, dim, hidden = spec.num_experts, spec.dim, spec.mlp_hidden
+    third = (experts, hidden, dim) if spec.expert_kind == "swiglu" else (experts, 1, hidden + dim)
+    for prefix in _expert_prefixes(spec):
+        shapes |= {
+            f"{prefix}w1": (experts, hidden, dim),
+            f"{prefix}w2": (experts, dim, hidden),
+            f"{prefix}w3": third,
+        }
+    return shapes
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _fits(tensor: Tensor, shape: Shape) -> bool:
+    return len(tensor.shape) == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+
+
+def _shown(shape: Shape) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, Shape], layout: str) -> None:
+    """CheckpointError that names every kind of disagreement between `state` and `expected` at once."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    wrong = [
+        f"{key} {list(state[key].shape)} instead of {_shown(shape)}"
+        for key, shape in expected.items()
+        if key in state and not _fits(state[key], shape)
+    ]
+    parts = [
+        f"{len(names)} {kind}: {_list(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", wrong))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"these weights are not the {layout} layout of this model: {'; '.join(parts)}. "
+            "Choose the preset the weights were made with."
+        )
+
+
+def _check_position(table: Tensor, dim: int) -> None:
+    """A stored position embedding must be the computed one: within 1e-5, or one ulp of 1 in a shorter dtype.
+
+    Another order of sine and cosine, of rows and columns, or a rescaled grid differs by order 1; an angle
+    computed in fp32 instead of fp64 by at most 63 * 2^-24 = 4e-6 on the largest grid in use.
+    """
+    grid = math.isqrt(table.shape[1])
+    if grid * grid != table.shape[1]:
+        raise CheckpointError(f"pos_embed has {table.shape[1]} tokens; it must be a square number.")
+    computed = torch.from_numpy(position_embedding(dim, grid))
+    worst = (table[0].double().cpu() - computed).abs().max().item()
+    allowed = max(POSITION_TOLERANCE, torch.finfo(table.dtype).eps)
+    if not worst <= allowed:
+        raise CheckpointError(
+            f"pos_embed differs from the 2-D sine-cosine embedding by {worst:.3g} (allowed {allowed:.3g}); "
+            "only fixed, column-first embeddings on the integer grid are supported."
+        )
+
+
+def _stack(state: Mapping[str, Tensor], prefix: str, key: str, experts: int) -> Tensor:
+    tensors = [state[f"{prefix}{e}.{key}"] for e in range(experts)]
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{prefix}*.{key} mixes {', '.join(sorted(map(str, dtypes)))}; experts of a block need one dtype."
+        )
+    return torch.stack(tensors)
+
+
+def from_published(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """Published weights as our state dict, bit for bit; tensors that need no packing are passed on, not
+    copied.
+
+    Raises CheckpointError naming missing, unexpected and wrongly shaped keys, or a foreign position
+    embedding. The grid of `pos_embed` may be any square; the model the result goes into computes its own.
+    """
+    _check(state, published_shapes(spec), "published")
+    _check_position(state[POSITION_KEY], spec.dim)
+    ours = {key: state[key] for key in _common_shapes(spec)}
+    for prefix in _expert_prefixes(spec):
+        if spec.expert_kind == "swiglu":
+            ours[f"{prefix}w1"] = _stack(state, prefix, "gate_proj.weight", spec.num_experts)
+            ours[f"{prefix}w2"] = _stack(state, prefix, "down_proj.weight", spec.num_experts)
+            ours[f"{prefix}w3"] = _stack(state, prefix, "up_proj.weight", spec.num_experts)
+            continue
+        ours[f"{prefix}w1"] = _stack(state, prefix, "fc1.weight", spec.num_experts)
+        ours[f"{prefix}w2"] = _stack(state, prefix, "fc2.weight", spec.num_experts)
+        first = _stack(state, prefix, "fc1.bias", spec.num_experts)
+        second = _stack(state, prefix, "fc2.bias", spec.num_experts)
+        ours[f"{prefix}w3"] = torch.cat([first, second], dim=1)[:, None]
+    return ours
+
+
+def to_published(state: Mapping[str, Tensor], spec: ModelSpec, *, input_size: int) -> dict[str, Tensor]:
+    """Our state dict in the published layout, with `pos_embed` in fp32 for a latent side of `input_size`.
+
+    Tensors are passed on or are views of the packed ones, not copies. Raises CheckpointError as
+    `from_published`.
+    """
+    _check(state, our_shapes(spec), "dsmoe")
+    assert input_size % spec.patch == 0, (input_size, spec.patch)
+    published = {key: state[key] for key in _common_shapes(spec)}
+    table = position_embedding(spec.dim, input_size // spec.patch)
+    published[POSITION_KEY] = torch.from_numpy(table).float()[None]
+    for prefix in _expert_prefixes(spec):
+        w1, w2, w3 = (state[f"{prefix}{name}"] for name in ("w1", "w2", "w3"))
+        for e in range(spec.num_experts):
+            expert = f"{prefix}{e}"
+            if spec.expert_kind == "swiglu":
+                published[f"{expert}.gate_proj.weight"] = w1[e]
+                published[f"{expert}.up_proj.weight"] = w3[e]
+                published[f"{expert}.down_proj.weight"] = w2[e]
+                continue
+            published[f"{expert}.fc1.weight"] = w1[e]
+            published[f"{expert}.fc1.bias"] = w3[e, 0, : spec.mlp_hidden]
+            published[f"{expert}.fc2.weight"] = w2[e]
+            published[f"{expert}.fc2.bias"] = w3[e, 0, spec.mlp_hidden :]
+    return published

@@ -1,0 +1,93 @@
+"""What every image data set offers, and the choice of one by name.
+
+Not here: decoding (image_folder), generated images (scenes), random choices (order) and batching (loader).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dsmoe.base.errors import ConfigError, choose_from
+
+SOURCES = ("scenes", "image_folder")
+
+
+class ImageDataset(Protocol):
+    """Labelled images by item number, without randomness: read(i) gives the same on every rank and worker.
+
+    Instances are sent to loader processes, so they must pickle; keep open files out of them.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> tuple[np.ndarray, int]:
+        """(image uint8 [H, W, 3] at the run's resolution, label in 0..num_classes-1) of item 0 <= i < len."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An item that was asked for and could not be decoded: number, name within the data set, reason."""
+
+    item: int
+    name: str
+    reason: str
+
+
+@runtime_checkable
+class FaultReporter(Protocol):
+    """A data set that stands in for damaged items. Faults are met in any process and judged in one place.
+
+    The loader drains the copy of the data set that read the images and hands the faults, in batch order, to
+    `account` of the copy in the training process.
+    """
+
+    def drain_faults(self) -> tuple[Fault, ...]:
+        """Faults met by `read` since the last call, in order; forgets them."""
+        ...
+
+    def account(self, reads: int, faults: Iterable[Fault]) -> None:
+        """Add `reads` items asked for, of which `faults` were damaged; DataError once there are too many."""
+        ...
+
+
+def build_dataset(
+    source: str,
+    *,
+    path: str | Path | None = None,
+    resolution: int,
+    size: int | None = None,
+    split: str = "train",
+    max_bad_fraction: float = 0.01,
+) -> ImageDataset:
+    """The data set of a recipe's `data` section.
+
+    source: "scenes" (generated; takes size and split) or "image_folder" (takes path, one split's folder).
+    resolution: side of the square images in pixels. size: distinct images of `scenes`, None for its default.
+    max_bad_fraction: share of undecodable files above which an image folder is refused while it is read.
+    ConfigError on an unknown source or a contradiction, DataError on a folder that cannot be used.
+    """
+    if source == "image_folder":
+        from dsmoe.data.image_folder import ImageFolder
+
+        if path is None:
+            raise ConfigError("data.source is image_folder and data.path is missing; give data.path=FOLDER.")
+        if size is not None:
+            raise ConfigError(f"data.size is {size}; only data.source scenes takes a size. Drop it.")
+        if split != "train":
+            raise ConfigError(
+                f"split {split!r} asked of data.source image_folder, whose data.path is one split; "
+                "give the folder of that split as data.path."
+            )
+        return ImageFolder(path, resolution, max_bad_fraction)
+    if source == "scenes":
+        from dsmoe.data.scenes import Scenes
+
+        return Scenes(split=split, resolution=resolution, size=size)
+    raise ConfigError(choose_from("data.source", source, SOURCES))

@@ -1,0 +1,55 @@
+"""What deepspeed.initialize gets: the checked policy with every shared key filled in by the recipe's numbers."""
+
+import copy
+
+from dsmoe.base.errors import ConfigError
+from dsmoe.base.recipe import OptimizerSpec
+from dsmoe.ds_config.batch import Batch
+from dsmoe.ds_config.policy import EnginePolicy
+
+
+def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool, world_size: int) -> None:
+    """Refuse what DeepSpeed 0.19.8 would do wrongly or late, with the reason (expert_parallelism.md 3a, 3b-6).
+
+    device_type: "cpu" or "cuda".
+    """
+    path, block = policy.path, policy.block
+    if policy.precision == "fp16" and device_type == "cpu":
+        raise ConfigError(f"{path}: fp16 is not supported on CPU; use bf16, or fp32 (leave both out).")
+    if policy.precision == "bf16" and policy.stage == 0:
+        raise ConfigError(
+            f"{path}: bf16 with ZeRO stage 0 steps AdamW once on zero gradients at start, so the first updates are "
+            "about a quarter too small; use stage 1 (same memory on one rank) or fp32."
+        )
+    if block.expert_parallel_size > 1:
+        if not is_moe:
+            raise ConfigError(
+                f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size} but the model is dense; set 1."
+            )
+        raise ConfigError(
+            f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size}; this version trains with 1 only."
+        )
+    if block.optimizer == "cpu_adam" and not policy.offload_optimizer and device_type != "cpu":
+        raise ConfigError(
+            f"{path}: 'dsmoe.optimizer' cpu_adam needs 'zero_optimization.offload_optimizer' on device cpu."
+        )
+    if policy.offload_optimizer and block.optimizer not in ("auto", "cpu_adam", "torch"):
+        raise ConfigError(
+            f"{path}: 'dsmoe.optimizer' {block.optimizer} runs on the device, but the optimizer is offloaded; "
+            "use auto, cpu_adam or torch."
+        )
+    assert world_size >= 1
+
+
+def engine_config(policy: EnginePolicy, batch: Batch, optimizer: OptimizerSpec) -> dict:
+    """The dict for deepspeed.initialize(config=...). The optimizer and scheduler are given as objects, not here."""
+    config = copy.deepcopy(policy.passed)
+    config["train_batch_size"] = batch.global_batch
+    config["train_micro_batch_size_per_gpu"] = batch.micro_batch
+    config["gradient_accumulation_steps"] = batch.accumulation
+    config["gradient_clipping"] = optimizer.clip
+    config.setdefault("zero_optimization", {"stage": 0})
+    if policy.offload_optimizer:
+        config.setdefault("zero_force_ds_cpu_optimizer", policy.block.optimizer != "torch")
+    config.setdefault("steps_per_print", 10**9)
+    return config

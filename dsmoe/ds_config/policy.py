@@ -1,0 +1,232 @@
+"""A ds_config file as checked engine policy. What the recipe owns must stand as "auto" here (design decision 1)."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from dsmoe.base.errors import ConfigError, choose_from
+
+RECIPE_KEYS = {
+    "train_batch_size": "train.global_batch",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "gradient_clipping": "optimizer.clip",
+}
+BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+PASSED_KEYS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "disable_allgather",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "steps_per_print",
+    "aio",
+    "compile",
+)
+OURS = "dsmoe"
+
+REMOVED_KEYS = (
+    "nebula",
+    "compression_training",
+    "amp",
+    "quantize_training",
+    "sparse_gradients",
+    "eigenvalue",
+    "sparse_attention",
+    "elasticity",
+    "graph_harvesting",
+    "curriculum_learning",
+    "progressive_layer_drop",
+)
+REMOVED_ZERO_KEYS = ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
+
+NOT_HERE = {
+    "activation_checkpointing": "set dsmoe.activation_checkpointing to true or false instead",
+    "tensorboard": "the run folder always gets a TensorBoard log; drop it",
+    "csv_monitor": "metrics.jsonl holds every figure; drop it",
+    "wandb": "metrics.jsonl holds every figure; drop it",
+    "checkpoint": "dsmoe writes its own checkpoint format; drop it",
+    "torch_autocast": "set bf16.enabled or fp16.enabled instead",
+    "expert_parallel": "set dsmoe.expert_parallel_size instead",
+    "autotuning": "use python -m dsmoe tune and the planner; drop it",
+}
+
+OPTIMIZERS = ("auto", "torch", "torch_fused", "cpu_adam", "apex")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DsmoeBlock:
+    """The block of ours inside a ds_config.
+
+    about: what the file is for. data_workers: loader processes a rank (0 reads in the training process).
+    optimizer: which AdamW implementation; auto picks CPU Adam with offload, apex or fused torch where present.
+    """
+
+    about: str = ""
+    expert_parallel_size: int = 1
+    activation_checkpointing: bool = False
+    optimizer: str = "auto"
+    data_workers: int = 0
+    timeout_minutes: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnginePolicy:
+    """Checked engine policy. micro_batch and accumulation are None where the file says "auto"."""
+
+    path: str
+    block: DsmoeBlock
+    stage: int
+    precision: str
+    offload_optimizer: bool
+    offload_parameters: bool
+    stated_global_batch: int | None
+    micro_batch: int | None
+    accumulation: int | None
+    passed: dict
+
+
+def _fail(path: str, message: str) -> None:
+    raise ConfigError(f"{path}: {message}")
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    tree: dict[str, object] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ConfigError(f"key {key!r} stands twice; keep one of them.")
+        tree[key] = value
+    return tree
+
+
+def load_policy(path: str) -> EnginePolicy:
+    """Read and check a ds_config JSON file; ConfigError names the file, the key, and what is allowed."""
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise ConfigError(f"cannot read --deepspeed_config {path}: {error.strerror or error}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}. Trailing commas and comments are not allowed.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        _fail(path, f"holds {type(tree).__name__}, not an object of keys.")
+    _check_keys(path, tree)
+    zero = _zero_block(path, tree)
+    stated = _batch_number(path, tree, "train_batch_size")
+    return EnginePolicy(
+        path=str(path),
+        block=_our_block(path, tree.get(OURS, {})),
+        stage=zero["stage"],
+        precision=_precision(path, tree),
+        offload_optimizer=_offloaded(path, zero, "offload_optimizer"),
+        offload_parameters=_offloaded(path, zero, "offload_param"),
+        stated_global_batch=stated,
+        micro_batch=_batch_number(path, tree, BATCH_KEYS[0]),
+        accumulation=_batch_number(path, tree, BATCH_KEYS[1]),
+        passed={k: tree[k] for k in PASSED_KEYS if k in tree},
+    )
+
+
+def _check_keys(path: str, tree: dict) -> None:
+    known = (*RECIPE_KEYS, *BATCH_KEYS, *PASSED_KEYS, OURS)
+    for key, value in tree.items():
+        if key in REMOVED_KEYS:
+            _fail(path, f"{key!r} was removed from DeepSpeed 0.19; drop it.")
+        if key in NOT_HERE:
+            _fail(path, f"{key!r} is not taken here: {NOT_HERE[key]}.")
+        if key not in known:
+            _fail(path, choose_from("key", key, known))
+        if key in RECIPE_KEYS and key != "train_batch_size" and value != "auto":
+            _fail(
+                path,
+                f"{key!r} is {json.dumps(value)}, but the recipe owns it ({RECIPE_KEYS[key]}); "
+                f'write "{key}": "auto" and set {RECIPE_KEYS[key]} in the recipe.',
+            )
+
+
+def _zero_block(path: str, tree: dict) -> dict:
+    zero = tree.get("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict):
+        _fail(path, f"'zero_optimization' is {json.dumps(zero)}; it must be an object with a stage from 0 to 3.")
+    for key in REMOVED_ZERO_KEYS:
+        if key in zero:
+            _fail(path, f"'zero_optimization.{key}' was removed from DeepSpeed 0.19; drop it.")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        _fail(path, f"'zero_optimization.stage' is {json.dumps(stage)}; choose 0, 1, 2 or 3.")
+    if zero.get("reduce_scatter") is False:
+        _fail(path, "'zero_optimization.reduce_scatter' is false; expert gradients need it, so leave it out.")
+    return {**zero, "stage": stage}
+
+
+def _offloaded(path: str, zero: dict, key: str) -> bool:
+    block = zero.get(key)
+    if block is None:
+        return False
+    device = block.get("device", "cpu") if isinstance(block, dict) else block
+    if not isinstance(block, dict) or device not in ("none", "cpu"):
+        _fail(path, f"'zero_optimization.{key}.device' is {json.dumps(device)}; choose \"none\" or \"cpu\".")
+    if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
+        needed = "3" if key == "offload_param" else "1, 2 or 3"
+        _fail(path, f"'zero_optimization.{key}' needs stage {needed}, and stage is {zero['stage']}.")
+    return device == "cpu"
+
+
+def _precision(path: str, tree: dict) -> str:
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        block = tree.get(name, {})
+        if not isinstance(block, dict):
+            _fail(path, f'{name!r} is {json.dumps(block)}; write "{name}": {{"enabled": true}} or leave it out.')
+        value = block.get("enabled", False)
+        if not isinstance(value, bool):
+            _fail(path, f"'{name}.enabled' is {json.dumps(value)}; choose true or false.")
+        enabled[name] = value
+    if all(enabled.values()):
+        _fail(path, "bf16.enabled and fp16.enabled are both true; choose one.")
+    return next((name for name, on in enabled.items() if on), "fp32")
+
+
+def _batch_number(path: str, tree: dict, key: str) -> int | None:
+    value = tree.get(key, "auto")
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        _fail(path, f'{key!r} is {json.dumps(value)}; it must be a whole number above 0, or "auto".')
+    return value
+
+
+def _our_block(path: str, tree: object) -> DsmoeBlock:
+    if not isinstance(tree, dict):
+        _fail(path, f"'dsmoe' is {json.dumps(tree)}; it must be an object.")
+    kinds = {f.name: f.type for f in fields(DsmoeBlock)}
+    for key, value in tree.items():
+        if key not in kinds:
+            _fail(path, choose_from("key", f"dsmoe.{key}", [f"dsmoe.{k}" for k in kinds]))
+        accepted = (int, float) if kinds[key] is float else kinds[key]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kinds[key] is not bool):
+            words = {str: "text", int: "a whole number", bool: "true or false", float: "a number"}
+            _fail(path, f"'dsmoe.{key}' is {json.dumps(value)}; it must be {words[kinds[key]]}.")
+    block = DsmoeBlock(**tree)
+    if block.expert_parallel_size < 1:
+        _fail(path, f"'dsmoe.expert_parallel_size' is {block.expert_parallel_size}; it must be at least 1.")
+    if block.data_workers < 0 or block.timeout_minutes <= 0:
+        _fail(
+            path,
+            f"'dsmoe.data_workers' is {block.data_workers} and 'dsmoe.timeout_minutes' {block.timeout_minutes:g}; "
+            "workers must be 0 or more, the timeout above 0.",
+        )
+    if block.optimizer not in OPTIMIZERS:
+        _fail(path, choose_from("dsmoe.optimizer", block.optimizer, OPTIMIZERS))
+    return block

@@ -1,0 +1,1 @@
+"""Diffusion transformers: embedders, attention, blocks, the model. No noise schedule, no DeepSpeed."""

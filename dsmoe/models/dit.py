@@ -1,0 +1,202 @@
+"""The diffusion transformer, dense or with experts. Written from DiT (Peebles & Xie 2023) and contracts 2.1,
+2.2.
+
+Here: blocks, final layer, the model. Not here: noise schedules and losses (diffusion), routing (moe),
+published checkpoints (convert).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsmoe.base.errors import ConfigError
+from dsmoe.base.presets import ModelSpec
+from dsmoe.models.attention import Attention
+from dsmoe.models.embedders import (
+    FixedBufferModule,
+    LabelEmbedder,
+    Linear,
+    PatchEmbed,
+    TimestepEmbedder,
+    ZeroLinear,
+    position_embedding,
+    unpatchify,
+)
+from dsmoe.moe.block import MoE, MoEStats
+from dsmoe.ops import modulate
+
+
+class ModelStats(NamedTuple):
+    """What the routers of one forward did; L layers, E experts, B images.
+
+    balance_loss, z_loss: fp32 scalars, differentiable, summed over layers, without coefficient.
+    load [L, E]: share of the N*k choices each expert got. importance [L, E]: mean router probability.
+    load_per_sample [B, L, E]: load within each image. These three are detached fp32.
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    load: Tensor
+    importance: Tensor
+    load_per_sample: Tensor
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear: [B, T, D] to [B, T, D]."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def _adaln(dim: int, chunks: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), ZeroLinear(dim, chunks * dim))
+
+
+class Block(nn.Module):
+    """One adaLN-Zero block: x += g*attn(mod(x)); x += g*mlp(mod(x)), modulated by c (contracts 2.1.2).
+
+    The feed-forward part is `mlp` in a dense model and `moe` in a MoE model. A fresh block is the identity.
+    """
+
+    def __init__(self, spec: ModelSpec, *, balance_scope: str, moe_cls: type[nn.Module]) -> None:
+        super().__init__()
+        self.is_moe = spec.is_moe
+        self.attn = Attention(spec.dim, spec.heads)
+        if spec.is_moe:
+            self.moe = moe_cls(spec, balance_scope=balance_scope)
+        else:
+            self.mlp = Mlp(spec.dim, spec.mlp_hidden)
+        self.adaLN_modulation = _adaln(spec.dim, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, MoEStats | None]:
+        """x [B, T, D], c [B, D] to (x [B, T, D], router statistics or None)."""
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        # addcmul rounds once, where a multiply and an add would round twice in bf16.
+        x = torch.addcmul(x, gate_msa[:, None], self.attn(modulate(x, shift_msa, scale_msa)))
+        h = modulate(x, shift_mlp, scale_mlp)
+        h, stats = self.moe(h) if self.is_moe else (self.mlp(h), None)
+        return torch.addcmul(x, gate_mlp[:, None], h), stats
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the output projection: [B, T, D] to [B, T, p*p*C_out]. Starts as zero."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = ZeroLinear(dim, out_features)
+        self.adaLN_modulation = _adaln(dim, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class DiT(FixedBufferModule):
+    """Class-conditional diffusion transformer over square latents.
+
+    spec: the architecture. input_size: latent side S, a multiple of spec.patch (else ConfigError).
+    in_channels: latent channels C. num_classes: labels 0..num_classes-1; with `null_class` one more row,
+    index num_classes, stands for "no label". learn_sigma: the output has 2C channels, prediction then
+    variance. balance_scope: passed to every MoE block. moe_cls: the MoE block, replaced by the training
+    engine's subclass.
+
+    Storage may be fp32, bf16 or fp64; LayerNorm, modulation, softmax, router and timestep features are
+    computed in fp32 at least. `pos_embed` [1, T, D] is an fp32 buffer outside the state dict, whatever the
+    storage dtype. Set `activation_checkpointing` to recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        input_size: int,
+        in_channels: int,
+        num_classes: int,
+        learn_sigma: bool,
+        null_class: bool = True,
+        balance_scope: str = "sample",
+        moe_cls: type[nn.Module] = MoE,
+    ) -> None:
+        super().__init__()
+        if input_size < 1 or input_size % spec.patch:
+            raise ConfigError(
+                f"latent side {input_size} is not a multiple of model.patch {spec.patch}; "
+                "choose another resolution or patch."
+            )
+        self.spec = spec
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.num_classes = num_classes
+        self.activation_checkpointing = False
+        self.register_fixed("pos_embed", position_embedding(spec.dim, input_size // spec.patch)[None])
+        self.x_embedder = PatchEmbed(in_channels, spec.dim, spec.patch)
+        self.t_embedder = TimestepEmbedder(spec.dim)
+        self.y_embedder = LabelEmbedder(num_classes, spec.dim, null_class)
+        self.blocks = nn.ModuleList(
+            Block(spec, balance_scope=balance_scope, moe_cls=moe_cls) for _ in range(spec.depth)
+        )
+        self.final_layer = FinalLayer(spec.dim, spec.patch**2 * self.out_channels)
+
+    def initialize(self) -> None:
+        """Draw every parameter anew from torch's global generator, exactly as the constructor does.
+
+        For a model built on the meta device and then given memory by `to_empty`; not for partitioned
+        parameters. Bound b means U(-b, b):
+
+        - x_embedder.proj, attn.qkv, attn.proj, mlp.fc1, mlp.fc2: weight b = sqrt(6/(in+out)), bias 0;
+        - t_embedder.mlp.{0,2}: weight N(0, 0.02), bias 0; y_embedder.embedding_table: N(0, 0.02);
+        - every adaLN_modulation.1 and final_layer.linear: 0;
+        - moe.gate.weight: b = 1/sqrt(D); moe.experts and moe.shared_experts matrices: b = sqrt(6/(in+out)) of
+          one expert's matrix, expert biases 0.
+        """
+        _reset(self)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ModelStats | None]:
+        """Predict from noisy latents.
+
+        x [B, C, S, S]; t [B] float or int in original step units; y [B] int64, null label = num_classes.
+        Returns (out [B, C or 2C, S, S] in the storage dtype, ModelStats, or None for a dense model).
+        """
+        assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), tuple(x.shape)
+        tokens = self.x_embedder(x)
+        tokens = (tokens + self.pos_embed).to(tokens.dtype)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        layers: list[MoEStats] = []
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block draws from torch's generators, so their state need not be kept.
+                tokens, stats = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens, stats = block(tokens, c)
+            if stats is not None:
+                layers.append(stats)
+        out = unpatchify(self.final_layer(tokens, c), self.spec.patch)
+        return out, (_stack(layers) if layers else None)
+
+
+def _reset(module: nn.Module) -> None:
+    """`reset_parameters` of every module below and then of this one: the order in which constructors call it."""
+    for child in module.children():
+        _reset(child)
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def _stack(layers: list[MoEStats]) -> ModelStats:
+    return ModelStats(
+        balance_loss=torch.stack([s.balance_loss for s in layers]).sum(),
+        z_loss=torch.stack([s.z_loss for s in layers]).sum(),
+        load=torch.stack([s.load for s in layers]),
+        importance=torch.stack([s.importance for s in layers]),
+        load_per_sample=torch.stack([s.load_per_sample for s in layers], dim=1),
+    )

@@ -1,0 +1,71 @@
+"""Load-balance and z losses. All without coefficient: the caller multiplies, sums over layers, and logs.
+
+Notation: E experts, k choices a token; P_e mean routing probability, f_e = E * (share of the choices that
+went to e), so that sum_e P_e f_e is 1 when either is uniform. The share carries no gradient, P does.
+"""
+
+import torch
+from torch import Tensor
+
+from dsmoe.base.errors import ConfigError, choose_from
+
+SCOPES = ("sample", "micro", "step", "none")
+
+
+def check_scope(scope: str) -> str:
+    if scope not in SCOPES:
+        raise ConfigError(choose_from("balance scope", scope, SCOPES))
+    return scope
+
+
+def counts_per_sample(indices: Tensor, batch: int, num_experts: int) -> Tensor:
+    """Choices of each expert in each sample, int64 [B, E]; indices [N, k], N = B * T in sample order."""
+    every = torch.arange(num_experts, device=indices.device)
+    return (indices.reshape(batch, indices.numel() // max(batch, 1), 1) == every).sum(1)
+
+
+def sample_balance(probs: Tensor, counts: Tensor) -> Tensor:
+    """Mean over images of E / (T k) * sum_e count_be P_be, P_be the mean probability within image b.
+
+    probs [B, T, E], counts [B, E]. The loss of a batch is the mean of the losses of its images, so it does
+    not depend on how images are laid out over micro-batches and ranks.
+    """
+    batch, tokens, _ = probs.shape
+    if batch * tokens == 0:
+        return probs.sum()
+    return load_balance(probs.mean(1), shares(counts, probs.dtype)).mean()
+
+
+def micro_balance(probs: Tensor, counts: Tensor) -> Tensor:
+    """The loss published with DiT-MoE: sum_e P_e f_e over all tokens of this call (contracts 2.2).
+
+    probs [B, T, E], counts [B, E]. Depends on the micro-batch by definition.
+    """
+    if probs.numel() == 0:
+        return probs.sum()
+    return load_balance(probs.mean((0, 1)), shares(counts.sum(0), probs.dtype))
+
+
+def step_balance(probs: Tensor, previous_load: Tensor) -> Tensor:
+    """sum_e P_e f_e, f from the load of the previous optimizer step: linear in the tokens, so layout-free.
+
+    probs [B, T, E], previous_load [E] summing to 1.
+    """
+    if probs.numel() == 0:
+        return probs.sum()
+    return load_balance(probs.mean((0, 1)), previous_load.to(probs.dtype))
+
+
+def load_balance(mean_probs: Tensor, load: Tensor) -> Tensor:
+    """E * sum_e P_e load_e over the last dimension."""
+    return mean_probs.shape[-1] * (mean_probs * load).sum(-1)
+
+
+def shares(counts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Counts [..., E] over their sum; zeros where nothing was counted."""
+    return counts.to(dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
+
+
+def z_loss(logsumexp: Tensor) -> Tensor:
+    """Mean over tokens of the squared log-sum-exp [N] of the router logits (ST-MoE, Zoph 2022, eq. 5)."""
+    return logsumexp.square().sum() / max(logsumexp.numel(), 1)

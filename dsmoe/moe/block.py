@@ -1,0 +1,77 @@
+"""The mixture-of-experts layer that takes the place of the MLP in a DiT block."""
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe import ops
+from dsmoe.base.presets import ModelSpec
+from dsmoe.moe import balance, dispatch
+from dsmoe.moe.experts import Experts
+from dsmoe.moe.router import Gate
+from dsmoe.moe.shared import SharedExpert
+from dsmoe.moe.statistics import MoEStats
+
+
+class MoE(nn.Module):
+    """sum over the top-k experts of p_e E_e(x), plus Shared(x) (DiT-MoE, Fei et al. 2024; contracts 2.2).
+
+    Parameters: gate.weight, experts.{w1,w2,w3}, and with spec.shared_ratio > 0
+    shared_experts.{gate_proj,up_proj,down_proj}.weight. balance_scope: one of moe.balance.SCOPES. The buffer
+    previous_load [E] serves scope "step" only; it starts uniform and is kept in the checkpoint by training.
+    """
+
+    def __init__(self, spec: ModelSpec, *, balance_scope: str = "sample") -> None:
+        super().__init__()
+        assert spec.is_moe, "a dense spec has no experts"
+        self.balance_scope = balance.check_scope(balance_scope)
+        self.gate = Gate(spec.dim, spec.num_experts, spec.top_k, spec.renormalize)
+        self.experts = Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
+        self.shared_experts = SharedExpert(spec.dim, spec.shared_hidden) if spec.shared_hidden else None
+        load = torch.full((spec.num_experts,), 1.0 / spec.num_experts, dtype=torch.float32)
+        self.register_buffer("previous_load", load, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
+        """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together."""
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.gate(tokens)
+        y = self.routed(tokens, routing)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(tokens)
+        return y.to(x.dtype).view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
+
+    def routed(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
+        """The routed experts' part, [N, D] -> [N, D] in float32; where expert parallelism enters."""
+        return dispatch.local(tokens, routing, self.experts)
+
+    @torch.no_grad()
+    def update_previous_load(self, load: Tensor) -> None:
+        """Set the load [E] of the optimizer step just done (global share of the choices) for scope "step"."""
+        self.previous_load.copy_(load)
+
+    def _stats(self, routing: ops.Routing, batch: int, tokens: int) -> MoEStats:
+        probs = routing.probs.unflatten(0, (batch, tokens))
+        counts = balance.counts_per_sample(routing.indices, batch, probs.shape[-1])
+        if self.balance_scope == "sample":
+            loss = balance.sample_balance(probs, counts)
+        elif self.balance_scope == "micro":
+            loss = balance.micro_balance(probs, counts)
+        elif self.balance_scope == "step":
+            loss = balance.step_balance(probs, self.previous_load)
+        else:
+            loss = probs.new_zeros(())
+        importance = routing.probs.detach().sum(0) / max(batch * tokens, 1)
+        return MoEStats(
+            balance_loss=loss,
+            z_loss=balance.z_loss(routing.logsumexp),
+            load=balance.shares(routing.counts),
+            importance=importance.to(torch.float32),
+            load_per_sample=balance.shares(counts),
+        )
+
+    def _apply(self, fn, recurse: bool = True) -> "MoE":
+        """Casting the module to bf16 must not round the load."""
+        load = self.previous_load
+        super()._apply(fn, recurse)
+        if self.previous_load.dtype != load.dtype:
+            self.previous_load = load.to(self.previous_load.device)
+        return self

@@ -1,0 +1,49 @@
+"""What a MoE layer reports about itself, and summaries of the load for logs."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MoEStats(NamedTuple):
+    """Losses and load of one call of a MoE layer (float32; the losses are float64 for float64 tokens).
+
+    balance_loss     scalar, differentiable, without its coefficient: 1 at perfect balance; see moe.balance
+    z_loss           scalar, differentiable, without its coefficient
+    load             [E]     share of the N*k choices that went to each expert, detached; sums to 1
+    importance       [E]     mean routing probability, detached; sums to 1
+    load_per_sample  [B, E]  share of each sample's T*k choices, detached
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    load: Tensor
+    importance: Tensor
+    load_per_sample: Tensor
+
+
+def load_entropy(load: Tensor) -> Tensor:
+    """Entropy of the load [..., E] over log E: 1 when all share alike, 0 when one takes all. E >= 2."""
+    entropy = -torch.special.xlogy(load, load).sum(-1)
+    return entropy / math.log(load.shape[-1])
+
+
+def load_imbalance(load: Tensor) -> Tensor:
+    """Largest load [..., E] in units of the mean: 1 is balanced, E the worst."""
+    return load.amax(-1) * load.shape[-1]
+
+
+def dead_experts(load: Tensor, share: float = 0.05) -> Tensor:
+    """How many experts [...] have a load [..., E] below `share` of the fair share 1/E."""
+    return (load < share / load.shape[-1]).sum(-1)
+
+
+def load_by_group(load_per_sample: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Mean load [groups, E] of the samples of each group (a timestep range, a class); NaN for an empty group.
+
+    load_per_sample [B, E]; group int64 [B] in [0, groups).
+    """
+    member = (group == torch.arange(groups, device=group.device)[:, None]).to(load_per_sample.dtype)
+    return (member @ load_per_sample) / member.sum(1, keepdim=True)

@@ -1,0 +1,65 @@
+"""Tokens to expert rows and back: a gather and a sum, each the other's adjoint, without float atomics."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsmoe.ops.precision import maths_dtype
+
+
+def gather_rows(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """See dsmoe.ops.gather_rows."""
+    return _GatherRows.apply(x, order, position)
+
+
+def sum_rows(rows: Tensor, order: Tensor, position: Tensor, gates: Tensor | None = None) -> Tensor:
+    """See dsmoe.ops.sum_rows."""
+    return _SumRows.apply(rows, order, position, gates)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return _gather(x, order, position)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (position,) = ctx.saved_tensors
+        return _sum(grad, position, None).to(grad.dtype), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, position: Tensor, gates: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order, position, gates, None if gates is None else rows)
+        ctx.rows_dtype = rows.dtype
+        return _sum(rows, position, gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        order, position, gates, rows = ctx.saved_tensors
+        drows = _gather(grad, order, position)
+        if gates is None:
+            return drows.to(ctx.rows_dtype), None, None, None
+        drows = drows * gates.flatten()[order][:, None]
+        dgates = torch.stack([(grad * rows[row]).sum(-1) for row in position.unbind(1)], dim=1)
+        return drows.to(ctx.rows_dtype), None, None, dgates.to(gates.dtype)
+
+
+def _gather(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """x[N,D] -> rows[N*k,D]."""
+    return x.index_select(0, order // position.shape[1])
+
+
+def _sum(rows: Tensor, position: Tensor, gates: Tensor | None) -> Tensor:
+    """rows[N*k,D] -> [N,D] in the maths dtype, the k terms added in slot order."""
+    total = None
+    for j, row in enumerate(position.unbind(1)):
+        term = rows[row].to(maths_dtype(rows))
+        if gates is not None:
+            term = term * gates[:, j, None]
+        total = term if total is None else total + term
+    return total

@@ -1,0 +1,1 @@
+"""Work done once before training: latents of a data set."""

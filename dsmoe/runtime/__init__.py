@@ -1,0 +1,1 @@
+"""Where this process runs: its place among the ranks, its device, its log. Nothing of models or data."""

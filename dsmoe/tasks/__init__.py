@@ -1,0 +1,1 @@
+"""Tasks: what is drawn from noise, and what conditions it."""

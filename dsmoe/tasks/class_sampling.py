@@ -1,0 +1,108 @@
+"""From class labels to images: guidance, sampler and decoder over any model callable."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.codec.protocol import Codec
+from dsmoe.data.transforms import to_uint8
+from dsmoe.diffusion.guidance import classifier_free
+from dsmoe.diffusion.samplers import ancestral, ddim
+from dsmoe.diffusion.schedules import Schedule
+from dsmoe.ops import random
+
+SAMPLERS = ("ddim", "ancestral")
+_STEP_BITS = 16  # room for the step number inside the sample index of a step's noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are drawn.
+
+    steps: network evaluations an image (two each with guidance above 1). cfg_channels: 3 (published DiT) or "all".
+    seed: noise is drawn by (seed, image index), so an image does not depend on the batch it is drawn in.
+    """
+
+    sampler: str = "ddim"
+    steps: int = 50
+    spacing: str = "trailing"
+    eta: float = 0.0
+    guidance: float = 4.0
+    cfg_channels: int | str = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(choose_from("sampler", self.sampler, SAMPLERS))
+
+
+@torch.no_grad()
+def generate(
+    model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]],
+    codec: Codec,
+    schedule: Schedule,
+    labels: Tensor,
+    index: Tensor,
+    sampling: Sampling,
+    *,
+    latent_side: int,
+    null_class: int,
+    prediction: str,
+    learned_variance: bool,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """uint8 images [N, 3, H, W] on the CPU for labels int64 [N]; index int64 [N] are the images' numbers.
+
+    model: DiT or any callable (x [B,C,S,S], t [B], y [B]) -> (output, stats) on the device of `labels`.
+    progress(n) is called after every finished batch of n images.
+    """
+    images = []
+    for y, numbers in zip(labels.split(batch_size), index.split(batch_size), strict=True):
+        shape = (codec.channels, latent_side, latent_side)
+        start = random.normal(sampling.seed, "sample_noise", numbers, shape)
+        guided = classifier_free(
+            lambda x, t, labels: model(x, t, labels)[0], y, null_class, sampling.guidance, sampling.cfg_channels
+        )
+        latents = _walk(guided, start, schedule, numbers, sampling, prediction, learned_variance)
+        images.append(to_uint8(codec.decode(latents)).cpu())
+        if progress is not None:
+            progress(len(y))
+    return torch.cat(images)
+
+
+def _walk(
+    model: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    schedule: Schedule,
+    numbers: Tensor,
+    sampling: Sampling,
+    prediction: str,
+    learned_variance: bool,
+) -> Tensor:
+    def step_noise(step: int) -> Tensor:
+        return random.normal(sampling.seed, "sample_step", (numbers << _STEP_BITS) + step, start.shape[1:])
+
+    if sampling.sampler == "ddim":
+        return ddim(
+            model,
+            start,
+            schedule,
+            sampling.steps,
+            sampling.spacing,
+            eta=sampling.eta,
+            noise=step_noise,
+            prediction=prediction,
+        )
+    return ancestral(
+        model,
+        start,
+        schedule,
+        str(sampling.steps),
+        step_noise,
+        prediction=prediction,
+        variance="learned_range" if learned_variance else "fixed_small",
+    )

@@ -1,0 +1,146 @@
+"""The adapter to DeepSpeed: builds the engine, and shows its fp32 master weights as fragments.
+
+A fragment is the part of one parameter that this rank owns: name, global shape, offset in the flattened
+parameter, and a flat fp32 view. EMA and weight export see only fragments, so they work under every ZeRO stage.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsmoe.base.plan import Plan
+from dsmoe.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of a parameter: elements [offset, offset + tensor.numel()) of the flattened whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    tensor: torch.Tensor
+
+
+class Engine:
+    """A DeepSpeed engine with the few verbs that the loop needs."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.stage = self.engine.zero_optimization_stage()
+        self._own_norm = self.stage == 0 and not config["gradient_clipping"]
+        self._norm: torch.Tensor | float | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module inside the engine; call the engine, not this, to train."""
+        return self.engine.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of activations: what inputs are cast to."""
+        return self.engine.get_data_types()[0]
+
+    def __call__(self, *inputs: torch.Tensor) -> object:
+        return self.engine(*inputs)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of every parameter group for the next step."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch; DeepSpeed divides by the accumulation steps and averages over ranks."""
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """One micro-step; the optimizer moves at the accumulation boundary, which the engine counts."""
+        if self._own_norm and self.engine.is_gradient_accumulation_boundary():
+            # At stage 0 without clipping DeepSpeed computes no norm; the gradients are already averaged here.
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads)
+        self.engine.step()
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the last step's averaged gradient, before clipping."""
+        norm = self._norm if self._own_norm else self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of every parameter, in the order of named_parameters."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
+
+    def fragments(self) -> list[Fragment]:
+        """Views of this rank's fp32 master weights, in the order of named_parameters; no communication."""
+        read = {0: _whole, 1: _zero12, 2: _zero12, 3: _zero3}[self.stage]
+        found = (read(self.engine, name, p) for name, p in self.model.named_parameters())
+        return [fragment for fragment in found if fragment is not None]
+
+
+def _whole(engine: object, name: str, parameter: torch.nn.Parameter) -> Fragment:
+    return Fragment(name, tuple(parameter.shape), 0, parameter.detach().view(-1))
+
+
+def _zero12(engine: object, name: str, parameter: torch.nn.Parameter) -> Fragment | None:
+    # The moments' own fragment links are incomplete in 0.19.8 with several groups (expert_parallelism.md 7);
+    # the addresses below are right, and point into the flat fp32 partition.
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    place = mapping.hp_fragment_address
+    view = flat.detach().narrow(0, place.start, place.numel)
+    return Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, view)
+
+
+def _zero3(engine: object, name: str, parameter: torch.nn.Parameter) -> Fragment | None:
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    shard = parameter.ds_tensor.ds_numel
+    offset = torch.distributed.get_rank(parameter.ds_process_group) * shard
+    own = min(shard, parameter.ds_numel - offset)  # the tail of the last shard is padding
+    if own <= 0:
+        return None
+    view = safe_get_local_fp32_param(parameter).detach().view(-1).narrow(0, 0, own)
+    return Fragment(name, tuple(parameter.ds_shape), offset, view)
+
+
+def gather_full(
+    fragments: list[Fragment], shapes: dict[str, tuple[int, ...]], replicated: bool
+) -> dict[str, torch.Tensor]:
+    """Whole fp32 tensors on the CPU of every rank, from everybody's fragments.
+
+    shapes: global shape of every parameter, same order on every rank (the collectives follow it).
+    replicated: every rank owns everything (ZeRO stage 0), so nothing is exchanged.
+    """
+    own = {f.name: f for f in fragments}
+    whole = {}
+    for name, shape in shapes.items():
+        fragment = own.get(name)
+        device = fragments[0].tensor.device if fragments else torch.device("cpu")
+        flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=device)
+        if fragment is not None:
+            flat.narrow(0, fragment.offset, fragment.tensor.numel()).copy_(fragment.tensor)
+        if not replicated:
+            distributed.all_reduce_(flat, "sum")
+        whole[name] = flat.view(shape).cpu()
+    return whole
+
+
+def build_engine(
+    plan: Plan,
+    model: torch.nn.Module,
+    make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    config: dict,
+) -> Engine:
+    """The engine for a model already on its device, with the plan's activation checkpointing."""
+    model.activation_checkpointing = plan.engine.activation_checkpointing
+    return Engine(model, make_optimizer(list(model.parameters())), config)

@@ -1,0 +1,51 @@
+"""AdamW in the implementation that the machine offers, and the learning rate as a function of images seen."""
+
+import importlib.util
+
+import torch
+
+from dsmoe.base.errors import ConfigError
+from dsmoe.base.recipe import OptimizerSpec
+
+
+def choose_implementation(requested: str, *, device_type: str, offload: bool) -> str:
+    """One of torch, torch_fused, cpu_adam, apex; ConfigError when the requested one is not installed."""
+    has_apex = device_type == "cuda" and importlib.util.find_spec("apex") is not None
+    if requested == "apex" and not has_apex:
+        raise ConfigError("dsmoe.optimizer is apex, but apex with a GPU was not found; use auto or torch_fused.")
+    if requested != "auto":
+        return requested
+    if offload:
+        return "cpu_adam"
+    return "apex" if has_apex else "torch_fused"
+
+
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], spec: OptimizerSpec, implementation: str
+) -> torch.optim.Optimizer:
+    """AdamW over `parameters` in one group. Every implementation computes the same decoupled update."""
+    group = [{"params": parameters, "name": "all"}]
+    settings = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
+    if implementation == "cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(group, adamw_mode=True, **settings)
+    if implementation == "apex":
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(group, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(group, fused=implementation == "torch_fused", **settings)
+
+
+def learning_rate(spec: OptimizerSpec, images_seen: int, total_images: int) -> float:
+    """Rate for the step that starts at `images_seen`.
+
+    Linear warm-up reaches `lr` at warmup_images; `exponential` then decays to lr * final_ratio at total_images:
+    lr * final_ratio ** (n / N) with n, N counted from the end of the warm-up (contracts 4.7).
+    """
+    if images_seen < spec.warmup_images:
+        return spec.lr * images_seen / spec.warmup_images
+    if spec.schedule == "constant":
+        return spec.lr
+    progress = (images_seen - spec.warmup_images) / max(total_images - spec.warmup_images, 1)
+    return spec.lr * spec.final_ratio ** min(progress, 1.0)

@@ -1,0 +1,228 @@
+"""From a command line to a checked Plan, before any process group or model exists.
+
+Everything a user can get wrong is found here or in the rooms called from here, as one UserError.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from dsmoe.base.accounting import ParameterCount, count_macs, count_parameters
+from dsmoe.base.errors import ConfigError, UserError
+from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
+from dsmoe.base.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from dsmoe.base.run_folder import RunFolder, default_run_folder
+from dsmoe.codec import build as build_codec
+from dsmoe.codec.protocol import Codec
+from dsmoe.data.dataset import ImageDataset, build_dataset
+from dsmoe.diffusion.schedules import make_schedule
+from dsmoe.ds_config import Batch, EnginePolicy, check_policy, load_policy, resolve_batch
+from dsmoe.preprocess.memory import check_budget
+from dsmoe.runtime.device import Device
+from dsmoe.runtime.distributed import LaunchPlace
+from dsmoe.training.optimizer import choose_implementation, learning_rate
+
+EMA_START_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line of a training launcher."""
+
+    deepspeed_config: str
+    recipe: str
+    run: str | None
+    plan_only: bool
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything checked and ready: what training needs besides process groups and the model."""
+
+    plan: Plan
+    policy: EnginePolicy
+    batch: Batch
+    dataset: ImageDataset
+    codec: Codec
+    device: Device
+    folder: RunFolder
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors, so that one rank alone prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help.")
+
+
+def parse_command(argv: list[str], description: str) -> Command:
+    """The launcher's arguments; ConfigError (never argparse's own exit) on a mistake."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="engine policy, such as ds_configs/quickstart.json")
+    parser.add_argument(
+        "--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="the science (python -m dsmoe recipes lists names)"
+    )
+    parser.add_argument("--run", metavar="DIR", help="run folder (default runs/<recipe>-<science hash>)")
+    parser.add_argument("--plan", action="store_true", help="print the resolved plan and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as train.images=100000")
+    given = parser.parse_args(argv)
+    if given.deepspeed_config is None:
+        raise ConfigError("--deepspeed_config is missing; give a file such as ds_configs/quickstart.json.")
+    return Command(given.deepspeed_config, given.recipe, given.run, given.plan, given.overrides)
+
+
+def prepare(command: Command, place: LaunchPlace) -> Prepared:
+    """Resolve the command into a plan and its parts; UserError on the first thing that does not fit.
+
+    place: where this process stands among all. The main process alone looks at the run folder, because it
+    alone writes there.
+    """
+    recipe = load_recipe(command.recipe, command.overrides)
+    policy = load_policy(command.deepspeed_config)
+    device = Device.pick(place.local_rank)
+    is_moe = recipe.model.is_moe
+    check_policy(policy, device_type=device.kind, is_moe=is_moe, world_size=place.world_size)
+    batch = resolve_batch(policy, recipe.train.global_batch, place.world_size)
+    implementation = choose_implementation(
+        policy.block.optimizer, device_type=device.kind, offload=policy.offload_optimizer
+    )
+    codec = build_codec(recipe.codec.name, recipe.codec.path)
+    dataset = build_dataset(
+        recipe.data.source,
+        path=recipe.data.path,
+        resolution=recipe.data.resolution,
+        size=recipe.data.size,
+        split="train",
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+    model = _model_facts(recipe, codec, dataset)
+    if recipe.codec.cache == "memory":
+        check_budget(len(dataset), recipe.data.resolution, codec, recipe.data.flip)
+    parameters = _count(recipe, model)
+    plan = Plan(
+        recipe=recipe,
+        engine=EngineFacts(
+            ds_config=Path(command.deepspeed_config).name,
+            about=policy.block.about or "no description",
+            zero_stage=policy.stage,
+            precision=policy.precision,
+            world_size=place.world_size,
+            micro_batch=batch.micro_batch,
+            accumulation=batch.accumulation,
+            expert_parallel_size=policy.block.expert_parallel_size,
+            activation_checkpointing=policy.block.activation_checkpointing,
+            optimizer=f"AdamW ({implementation})",
+            offload=policy.offload_optimizer,
+        ),
+        data=DataFacts(items=len(dataset), class_names=tuple(dataset.class_names)),
+        model=model,
+        codec=dict(codec.provenance),
+        schedule=_end_points(recipe),
+        memory=state_memory(parameters.trained, policy, place.world_size),
+        warnings=tuple(_warnings(recipe, policy, len(dataset))),
+    )
+    folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
+    if place.rank == 0:
+        folder.check(plan)
+    return Prepared(plan, policy, batch, dataset, codec, device, folder)
+
+
+def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFacts:
+    resolution, patch = recipe.data.resolution, recipe.model.patch
+    unit = codec.factor * patch
+    if resolution % unit or resolution % codec.image_multiple:
+        raise ConfigError(
+            f"data.resolution {resolution} is not a multiple of {unit} (codec {codec.name} factor {codec.factor} x "
+            f"model.patch {patch}); choose such as {max(unit, round(resolution / unit) * unit)}."
+        )
+    facts = {
+        "input_size": resolution // codec.factor,
+        "num_classes": dataset.num_classes,
+        "learn_sigma": recipe.diffusion.learn_sigma,
+        "null_class": recipe.train.label_dropout > 0,
+    }
+    count = count_parameters(recipe.model, channels=codec.channels, **facts)
+    macs = count_macs(
+        recipe.model, channels=codec.channels, input_size=facts["input_size"], learn_sigma=facts["learn_sigma"]
+    )
+    return ModelFacts(
+        in_channels=codec.channels,
+        parameters=count.total,
+        active_parameters=count.active,
+        macs=macs.total,
+        **facts,
+    )
+
+
+def _count(recipe: Recipe, model: ModelFacts) -> ParameterCount:
+    return count_parameters(
+        recipe.model,
+        channels=model.in_channels,
+        num_classes=model.num_classes,
+        input_size=model.input_size,
+        learn_sigma=model.learn_sigma,
+        null_class=model.null_class,
+    )
+
+
+def _end_points(recipe: Recipe) -> dict[str, str]:
+    """The numbers people compare first: where the noise and learning-rate schedules begin and end."""
+    alpha_bar = make_schedule(recipe.diffusion.schedule, recipe.diffusion.timesteps).alpha_bar
+    optimizer, images = recipe.optimizer, recipe.train.images
+    rates = [learning_rate(optimizer, n, images) for n in (0, optimizer.warmup_images, images)]
+    decay = recipe.ema.step_decay(recipe.train.global_batch)
+    return {
+        "objective": f"{recipe.diffusion.prediction}, {'learned variance range' if recipe.diffusion.learn_sigma else 'fixed variance'}",
+        "noise schedule": f"{recipe.diffusion.schedule}, alpha_bar {alpha_bar[0]:.6g} .. {alpha_bar[-1]:.3g}",
+        "learning rate": f"{rates[0]:g} -> {rates[1]:g} at {optimizer.warmup_images:,} images -> {rates[2]:g} ({optimizer.schedule})",
+        "EMA decay": f"{decay:.6f} a step, {decay**recipe.train.steps:.2g} of the start left at the end",
+    }
+
+
+def state_memory(trained: int, policy: EnginePolicy, world_size: int) -> dict[str, int]:
+    """Bytes a GPU for parameters, gradients, optimizer and EMA; activations and buffers are not in it.
+
+    trained: parameters that are trained. Low-precision runs keep an fp32 master beside the stored weights.
+    """
+    stored = 4 if policy.precision == "fp32" else 2
+    master = 0 if policy.precision == "fp32" else 4
+    share = [1, world_size]
+    on_device = 0 if policy.offload_optimizer else 1
+    return {
+        "parameters": trained * stored // share[policy.stage >= 3],
+        "gradients": trained * stored // share[policy.stage >= 2],
+        "optimizer": on_device * trained * (8 + master) // share[policy.stage >= 1],
+        "EMA": on_device * trained * 4 // share[policy.stage >= 1],
+    }
+
+
+def _warnings(recipe: Recipe, policy: EnginePolicy, items: int) -> list[str]:
+    found = []
+    left = recipe.ema.step_decay(recipe.train.global_batch) ** recipe.train.steps
+    if left > EMA_START_SHARE:
+        found.append(
+            f"EMA still holds {left:.0%} of the initial weights at the end; set ema.half_life_images to about "
+            f"{recipe.train.images // 20:,}."
+        )
+    if recipe.balance.scope == "micro" and recipe.model.is_moe:
+        found.append("balance.scope micro depends on layout: results change with ranks and micro-batch.")
+    if recipe.codec.cache == "none" and recipe.data.source == "scenes" and recipe.train.images > 4 * items:
+        found.append(f"images are rendered and encoded {recipe.train.images // items} times; codec.cache=memory does it once.")
+    if policy.offload_parameters and policy.stage == 3:
+        found.append("parameters are offloaded to the CPU: every layer's weights cross the host link each pass.")
+    return found
+
+
+def storage_dtype(precision: str) -> torch.dtype:
+    """torch dtype of stored weights and activations for fp32, bf16, fp16."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def one_line(error: UserError) -> str:
+    """How a refused command is reported: on the console and in FAILED alike."""
+    return f"dsmoe: {error}"

@@ -1,0 +1,246 @@
+"""A class-conditional pretraining run from command line to DONE: the order of things, and how a run ends.
+
+Exit codes: 0 done; 2 the user's input was wrong (found before process groups and model exist); 1 training failed.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from dsmoe.base.errors import EXIT_BAD_INPUT, TrainingFailure, UserError
+from dsmoe.base.plan import Plan, describe
+from dsmoe.base.run_folder import Lease, RunFolder, rejected_run_folder
+from dsmoe.checkpoint.weights import Weights, new_model, save_weights
+from dsmoe.data.loader import Batch, BatchLoader
+from dsmoe.data.order import BatchLayout, SampleOrder
+from dsmoe.diffusion.objective import Objective
+from dsmoe.diffusion.schedules import make_schedule
+from dsmoe.ds_config import engine_config
+from dsmoe.preprocess.memory import LatentBatch, MemoryLatents, Sharing, encode_dataset
+from dsmoe.runtime import distributed, logging
+from dsmoe.runtime.distributed import LaunchPlace
+from dsmoe.tasks.class_conditional import ClassConditional
+from dsmoe.training.deepspeed_patches import skip_shm_op
+from dsmoe.training.ema import Ema
+from dsmoe.training.engine import Engine, build_engine
+from dsmoe.training.health import GradientWatch
+from dsmoe.training.loop import Training, train
+from dsmoe.training.optimizer import build_optimizer, choose_implementation
+from dsmoe.training.prepare import Command, Prepared, one_line, parse_command, prepare
+from dsmoe.training.sampling import SampleSheets, full_weights
+from dsmoe.training.telemetry import Telemetry, draw_losses, read_metrics
+
+EXIT_FAILED = 1
+
+
+def main(argv: list[str], description: str, environ: Mapping[str, str] = os.environ) -> int:
+    """Run the command on this process; returns its exit code."""
+    place: LaunchPlace | None = None
+    command: Command | None = None
+    try:
+        place = distributed.discover(environ)
+        logging.configure(place.rank)
+        command = parse_command(argv, description)
+        prepared = prepare(command, place)
+    except UserError as error:
+        return refuse(error, place, command)
+    if command.plan_only:
+        if place.rank == 0:
+            print(describe(prepared.plan))
+        return 0
+    if prepared.folder.done.exists():
+        logging.get_logger().info("%s is DONE; nothing to do. Samples and weights lie there.", prepared.folder.path)
+        return 0
+    return run(prepared, place)
+
+
+def refuse(error: UserError, place: LaunchPlace | None, command: Command | None) -> int:
+    """Rank 0 prints the line and leaves it in FAILED; every rank returns the bad-input code."""
+    if place is None or place.rank == 0:
+        line = one_line(error)
+        print(line, file=sys.stderr, flush=True)
+        recipe = command.recipe if command else "command"
+        rejected_run_folder(command.run if command else None, recipe).record_failure(line)
+    return EXIT_BAD_INPUT
+
+
+def run(prepared: Prepared, place: LaunchPlace) -> int:
+    """Train a prepared plan. Whatever goes wrong is recorded in FAILED by the rank that met it."""
+    folder = prepared.folder
+    try:
+        distributed.initialize(
+            place, prepared.device, timedelta(minutes=prepared.policy.block.timeout_minutes)
+        )
+        skip_shm_op()
+        lease = _open_folder(prepared)
+        distributed.barrier()
+        logging.attach_run_folder(folder.path, place.rank)
+        _announce(prepared.plan, folder)
+        _run_all(prepared, lease)
+    except UserError as error:
+        return _failed(folder, one_line(error), EXIT_BAD_INPUT)
+    except TrainingFailure as error:
+        return _failed(folder, f"dsmoe: {error}", EXIT_FAILED)
+    except Exception as error:
+        logging.get_logger().error("%s", traceback.format_exc())
+        return _failed(folder, f"dsmoe: {type(error).__name__}: {error}".splitlines()[0], EXIT_FAILED)
+    distributed.shutdown()
+    return 0
+
+
+def _failed(folder: RunFolder, line: str, code: int) -> int:
+    logging.get_logger().error("%s", line)
+    folder.record_failure(line)
+    distributed.shutdown(failed=True)
+    return code
+
+
+@distributed.on_main
+def _open_folder(prepared: Prepared) -> Lease:
+    return prepared.folder.create(prepared.plan)
+
+
+@distributed.on_main
+def _announce(plan: Plan, folder: RunFolder) -> None:
+    for line in describe(plan).splitlines():
+        logging.get_logger("plan").info("%s", line)
+    logging.get_logger().info("run folder %s", folder.path)
+
+
+def _run_all(prepared: Prepared, lease: Lease | None) -> None:
+    plan, device = prepared.plan, prepared.device.torch_device
+    prepared.codec.to(device)
+    batches = _batches(prepared, device)
+    engine = _engine(prepared, device)
+    recipe = plan.recipe
+    schedule = make_schedule(recipe.diffusion.schedule, recipe.diffusion.timesteps)
+    telemetry = Telemetry(plan, lease, prepared.folder.path, prepared.device, engine.dtype)
+    training = Training(
+        plan=plan,
+        engine=engine,
+        ema=Ema(engine, recipe.ema.step_decay(recipe.train.global_batch)),
+        batches=batches,
+        codec=prepared.codec,
+        objective=Objective(
+            schedule, recipe.diffusion.prediction, "learned_range" if plan.model.learn_sigma else "fixed_small"
+        ).to(device),
+        task=ClassConditional(
+            num_classes=plan.model.num_classes, label_dropout=recipe.train.label_dropout, seed=recipe.train.seed
+        ),
+        watch=GradientWatch(engine.model.x_embedder, device),
+        telemetry=telemetry,
+        sheets=SampleSheets(plan, prepared.codec, prepared.folder.samples, device),
+        device=device,
+    )
+    train(training)
+    _finish(prepared, training, lease)
+
+
+def _batches(prepared: Prepared, device: torch.device) -> Iterator[Batch | LatentBatch]:
+    """This rank's micro-batches of the whole run, from images or from latents encoded once into memory."""
+    plan, policy = prepared.plan, prepared.policy
+    recipe, rank, world = plan.recipe, distributed.rank(), distributed.world_size()
+    layout = BatchLayout(
+        global_batch=prepared.batch.global_batch,
+        micro_batch=prepared.batch.micro_batch,
+        world_size=world,
+        rank=rank,
+    )
+    order = SampleOrder(recipe.train.seed, plan.data.items)
+    span = {"start_step": 0, "num_steps": recipe.train.steps, "flip": recipe.data.flip}
+    if recipe.codec.cache == "memory":
+        return _encode(prepared, device).micro_batches(order, layout, **span)
+    loader = BatchLoader(
+        prepared.dataset,
+        order,
+        layout,
+        workers=policy.block.data_workers,
+        pin_memory=device.type == "cuda",
+        **span,
+    )
+    return iter(loader)
+
+
+def _encode(prepared: Prepared, device: torch.device) -> MemoryLatents:
+    recipe = prepared.plan.recipe
+    world = distributed.world_size()
+    share = -(-len(prepared.dataset) // world)
+    progress = logging.Progress("encoding into memory (this rank's share)", share, "images")
+    store = encode_dataset(
+        prepared.dataset,
+        prepared.codec,
+        resolution=recipe.data.resolution,
+        flip=recipe.data.flip,
+        device=device,
+        workers=prepared.policy.block.data_workers,
+        sharing=Sharing(
+            rank=distributed.rank(),
+            world_size=world,
+            exchange=lambda t: torch.cat(distributed.all_gather_tensor(t)),
+        ),
+        progress=lambda p: progress.update(p.done - progress.done),
+    )
+    progress.finish()
+    return store
+
+
+def _engine(prepared: Prepared, device: torch.device) -> Engine:
+    """Model and engine. Every rank draws the same initial weights, so nothing depends on who broadcasts."""
+    plan, policy = prepared.plan, prepared.policy
+    torch.manual_seed(plan.recipe.train.seed)
+    model = new_model(plan).to(device)
+    implementation = choose_implementation(
+        policy.block.optimizer, device_type=device.type, offload=policy.offload_optimizer
+    )
+    return build_engine(
+        plan,
+        model,
+        lambda parameters: build_optimizer(parameters, plan.recipe.optimizer, implementation),
+        engine_config(policy, prepared.batch, plan.recipe.optimizer),
+    )
+
+
+def _finish(prepared: Prepared, training: Training, lease: Lease | None) -> None:
+    """Export weights, draw the last sheet and the loss plot, mark the run DONE, say what to do next."""
+    plan, folder = prepared.plan, prepared.folder
+    seen = plan.recipe.train.steps * plan.recipe.train.global_batch
+    average = full_weights(plan, training.engine, training.ema, seen)
+    _export(folder, lease, full_weights(plan, training.engine, None, seen))
+    _export(folder, lease, average)
+    sheet = training.sheets.draw_weights(average)
+    training.telemetry.close()
+    _close(plan, folder, lease, sheet, training.telemetry.elapsed)
+
+
+@distributed.on_main
+def _export(folder: RunFolder, lease: Lease, weights: Weights) -> None:
+    lease.verify()
+    save_weights(folder.checkpoints / f"{weights.kind}.safetensors", weights)
+
+
+@distributed.on_main
+def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path, seconds: float) -> None:
+    lease.verify()
+    records = read_metrics(folder.metrics)
+    draw_losses(records, folder.path / "loss.png", plan.recipe.name)
+    last = records[-1]
+    folder.record_done(
+        {"images_seen": last["images_seen"], "loss": last["loss"], "training_seconds": round(seconds, 1)}
+    )
+    weights = folder.checkpoints / "ema.safetensors"
+    for line in (
+        f"done: {last['images_seen']:,} images in {seconds:.0f} s, loss {last['loss']:.4f}",
+        f"samples      {sheet}",
+        f"loss plot    {folder.path / 'loss.png'}",
+        f"metrics      {folder.metrics}  (TensorBoard: tensorboard --logdir {folder.tensorboard})",
+        f"weights      {weights}  (averaged), {folder.checkpoints / 'model.safetensors'}",
+        f"next         python launchers/sample.py --checkpoint {weights} --classes all",
+    ):
+        logging.get_logger().info("%s", line)
+
+

@@ -1,0 +1,99 @@
+"""Sample sheets while training and at its end, drawn from the averaged weights by all ranks together."""
+
+from pathlib import Path
+
+import torch
+
+from dsmoe.base.plan import Plan
+from dsmoe.checkpoint.weights import Weights, build_model
+from dsmoe.codec.protocol import Codec
+from dsmoe.diffusion.schedules import make_schedule
+from dsmoe.models.dit import DiT
+from dsmoe.runtime import distributed
+from dsmoe.runtime.logging import Progress, get_logger
+from dsmoe.tasks.class_sampling import Sampling, generate
+from dsmoe.tasks.pictures import grid, save_png
+from dsmoe.training.ema import Ema
+from dsmoe.training.engine import Engine, gather_full
+
+COLUMNS = 8
+
+
+class SampleSheets:
+    """Draws `report.samples` images over the classes in turn into samples/images-<n>.png."""
+
+    def __init__(self, plan: Plan, codec: Codec, folder: Path, device: torch.device) -> None:
+        self._plan, self._codec, self._folder, self._device = plan, codec, folder, device
+        every = plan.recipe.report.sample_every
+        self._every_steps = round(every / plan.recipe.train.global_batch) if every else 0
+
+    def due(self, step: int) -> bool:
+        """Whether a sheet is wanted after `step` steps (the one at the end is drawn from the final weights)."""
+        return bool(self._every_steps) and step % self._every_steps == 0 and step < self._plan.recipe.train.steps
+
+    def draw(self, engine: Engine, ema: Ema, images_seen: int) -> Path:
+        """Sheet of the current average; every rank holds a full fp32 copy of the weights while it is drawn."""
+        return self.draw_weights(full_weights(self._plan, engine, ema, images_seen))
+
+    def draw_weights(self, weights: Weights) -> Path:
+        """Sheet of these weights; the ranks share the work, rank 0 writes the picture and returns its path too."""
+        report, model_facts = self._plan.recipe.report, self._plan.model
+        model = build_model(weights, self._device)
+        labels = torch.arange(report.samples) % model_facts.num_classes
+        images = draw_shared(
+            model, self._plan, self._codec, labels, sampling_of(self._plan), self._device
+        )
+        path = self._folder / f"images-{weights.images_seen:09d}.png"
+        self._save(images, labels.tolist(), path)
+        return path
+
+    @distributed.on_main
+    def _save(self, images: torch.Tensor, labels: list[int], path: Path) -> None:
+        names = self._plan.data.class_names
+        save_png(grid(images.permute(0, 2, 3, 1).numpy(), [names[y] for y in labels], COLUMNS), path)
+        get_logger("samples").info("wrote %s", path)
+
+
+def full_weights(plan: Plan, engine: Engine, ema: Ema | None, images_seen: int) -> Weights:
+    """Whole fp32 weights on every rank's CPU: the average's, or without one the model's own."""
+    fragments = engine.fragments() if ema is None else ema.fragments
+    state = gather_full(fragments, engine.shapes(), replicated=engine.stage == 0)
+    return Weights(state, plan, images_seen, "model" if ema is None else "ema")
+
+
+def sampling_of(plan: Plan) -> Sampling:
+    """The plan's own way of drawing, as its sample sheets use it."""
+    report = plan.recipe.report
+    return Sampling(
+        steps=report.sample_steps,
+        guidance=report.guidance,
+        cfg_channels=report.cfg_channels,
+        seed=plan.recipe.train.seed,
+    )
+
+
+def draw_shared(
+    model: DiT, plan: Plan, codec: Codec, labels: torch.Tensor, sampling: Sampling, device: torch.device
+) -> torch.Tensor:
+    """uint8 [N, 3, H, W] on every rank's CPU for labels [N]: each rank draws every world_size-th image."""
+    world = distributed.world_size()
+    count = len(labels)
+    padded = torch.arange(-(-count // world) * world) % count  # equal shares, so that all ranks meet
+    mine = padded[distributed.rank() :: world]
+    progress = Progress("sampling", len(padded), "images")
+    images = generate(
+        model,
+        codec,
+        make_schedule(plan.recipe.diffusion.schedule, plan.recipe.diffusion.timesteps),
+        labels[mine].to(device),
+        mine.to(device),
+        sampling,
+        latent_side=plan.model.input_size,
+        null_class=plan.model.num_classes,
+        prediction=plan.recipe.diffusion.prediction,
+        learned_variance=plan.model.learn_sigma,
+        progress=lambda n: progress.update(n * world),
+    )
+    progress.finish()
+    parts = distributed.all_gather_tensor(images)
+    return torch.stack(parts, 1).flatten(0, 1)[:count]

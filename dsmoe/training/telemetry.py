@@ -1,0 +1,204 @@
+"""What a run says of itself: console lines, metrics.jsonl, TensorBoard, the loss plot."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsmoe.base.plan import Plan
+from dsmoe.base.run_folder import Lease
+from dsmoe.runtime import distributed
+from dsmoe.runtime.device import Device
+from dsmoe.runtime.logging import get_logger
+from dsmoe.training.health import check_finite
+
+FIELDS = ("loss", "mse", "vb", "balance", "z_loss", "bad_gradient", "grad_norm", "data_seconds")
+MEANS = ("loss", "mse", "vb", "balance", "z_loss", "grad_norm")
+DEAD_SHARE = 0.01  # an expert below this share of its even load counts as dead
+
+
+@dataclass
+class StepReport:
+    """Figures of one optimizer step on the device, gathered over ranks but not yet read by the host.
+
+    figures: fp32 [ranks, len(FIELDS)]; load: fp32 [L, E] of this rank, or None for a dense model.
+    ended: host clock at the end of the step.
+    """
+
+    step: int
+    learning_rate: float
+    ended: float
+    figures: torch.Tensor
+    load: torch.Tensor | None
+
+
+def gather_report(step: int, learning_rate: float, figures: torch.Tensor, load: torch.Tensor | None) -> StepReport:
+    """Exchange this rank's figures [len(FIELDS)] with the others: the only collective of ours in a step."""
+    shared = torch.stack(distributed.all_gather_tensor(figures))
+    return StepReport(step, learning_rate, time.perf_counter(), shared, load)
+
+
+class Telemetry:
+    """Reads step reports one step late, so that a GPU never waits for the host, and writes at every interval."""
+
+    def __init__(self, plan: Plan, lease: Lease | None, folder: Path, device: Device, dtype: torch.dtype) -> None:
+        self._plan, self._lease, self._device = plan, lease, device
+        self._folder = folder
+        self._pending: StepReport | None = None
+        self._rows: list[dict[str, float]] = []
+        self._load: torch.Tensor | None = None
+        self._log_steps = max(1, round(plan.recipe.report.log_every / plan.recipe.train.global_batch))
+        self._rate = device.matmul_rate(dtype)
+        self._peak = device.peak_flops(dtype)
+        self._started = self._since = time.perf_counter()
+        self._writer = _tensorboard(folder / "tb")
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.perf_counter() - self._started
+
+    def push(self, report: StepReport) -> None:
+        """Take a step's report; reads, checks and maybe logs the one before it."""
+        pending, self._pending = self._pending, report
+        if pending is not None:
+            self._read(pending)
+
+    def flush(self) -> None:
+        """Read the last report too: call before anything is saved."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._read(pending)
+        if self._rows:
+            self._log(self._rows[-1])
+
+    def close(self) -> None:
+        """Write out and close the TensorBoard log."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _read(self, report: StepReport) -> None:
+        ranks = [dict(zip(FIELDS, row, strict=True)) for row in report.figures.tolist()]
+        row = {name: sum(r[name] for r in ranks) / len(ranks) for name in FIELDS}
+        check_finite(
+            report.step,
+            [r["loss"] for r in ranks],
+            [r["bad_gradient"] for r in ranks],
+            row["grad_norm"],
+            allow_overflow=self._plan.engine.precision == "fp16",
+        )
+        row.update(step=report.step + 1, lr=report.learning_rate, ended=report.ended)
+        self._rows.append(row)
+        if report.load is not None:
+            self._load = report.load.clone() if self._load is None else self._load + report.load
+        if row["step"] % self._log_steps == 0 or row["step"] == 1:
+            self._log(row)
+
+    def _log(self, last: dict[str, float]) -> None:
+        recipe = self._plan.recipe
+        now = last["ended"]
+        seconds, steps = now - self._since, len(self._rows)
+        figures = {name: sum(r[name] for r in self._rows) / steps for name in MEANS}
+        seen = last["step"] * recipe.train.global_batch
+        rate = steps * recipe.train.global_batch / seconds
+        flops = 6 * self._plan.model.macs * rate / self._plan.engine.world_size
+        record = {
+            "step": last["step"],
+            "images_seen": seen,
+            **figures,
+            "lr": last["lr"],
+            "images_per_second": rate,
+            "data_share": sum(r["data_seconds"] for r in self._rows) / seconds,
+            "matmul_fraction": flops / self._rate,
+            "eta_seconds": (recipe.train.steps - last["step"]) * recipe.train.global_batch / rate,
+            "elapsed_seconds": now - self._started,
+            "memory_bytes": self._device.max_memory_bytes(),
+        }
+        if self._peak:
+            record["mfu"] = flops / self._peak
+        if self._load is not None:
+            record.update(_routing(distributed.all_reduce_(self._load / steps, "mean")))
+        self._rows, self._load, self._since = [], None, now
+        self._write(record)
+
+    @distributed.on_main
+    def _write(self, record: dict[str, object]) -> None:
+        if self._lease is not None:
+            self._lease.verify()
+        with open(self._folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, record["images_seen"])
+        get_logger("train").info("%s", console_line(record, self._plan.recipe.train.steps))
+
+
+def _routing(load: torch.Tensor) -> dict[str, object]:
+    """Shares [L, E] of the choices as figures: per-layer entropy (1 = even) and dead experts by layer."""
+    experts = load.shape[1]
+    entropy = -(load * load.clamp_min(1e-12).log()).sum(1) / torch.tensor(float(max(experts, 2))).log()
+    dead = (load < DEAD_SHARE / experts).nonzero().tolist()
+    return {
+        "load_entropy": entropy.mean().item(),
+        "load_max_over_mean": (load.max(1).values * experts).max().item(),
+        "dead_experts": len(dead),
+        "dead": [f"layer {layer} expert {expert}" for layer, expert in dead],
+    }
+
+
+def console_line(record: dict[str, object], steps: int) -> str:
+    """One progress line of a metrics record."""
+    eta = int(record["eta_seconds"])
+    parts = [
+        f"step {record['step']}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"grad {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['images_per_second']:.1f} images/s",
+        f"matmul {record['matmul_fraction']:.0%}",
+        f"data {record['data_share']:.1%}",
+        f"ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}",
+    ]
+    if "mfu" in record:
+        parts.insert(6, f"MFU {record['mfu']:.1%}")
+    if "load_entropy" in record:
+        parts.insert(2, f"balance {record['balance']:.3f} (load entropy {record['load_entropy']:.3f})")
+    if record.get("dead"):
+        parts.append("DEAD " + ", ".join(record["dead"][:4]))
+    return "  ".join(parts)
+
+
+@distributed.on_main
+def _tensorboard(folder: Path) -> object:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All records of a metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def draw_losses(records: list[dict], path: Path, title: str) -> None:
+    """A PNG with the training loss (and the balance loss of a MoE model) against images seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    is_moe = "load_entropy" in records[-1]
+    figure = Figure(figsize=(9, 3.6) if is_moe else (5, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    seen = [r["images_seen"] / 1000 for r in records]
+    left, *right = figure.subplots(1, 2 if is_moe else 1, squeeze=False)[0]
+    left.plot(seen, [r["mse"] for r in records], label="noise MSE")
+    left.plot(seen, [r["loss"] for r in records], label="total", linewidth=0.8, alpha=0.7)
+    left.set(xlabel="images seen (thousands)", ylabel="loss", yscale="log", title=title)
+    left.grid(alpha=0.3, which="both")
+    left.legend()
+    for axes in right:
+        axes.plot(seen, [r["load_entropy"] for r in records], color="tab:green")
+        axes.set(xlabel="images seen (thousands)", ylabel="expert load entropy (1 = even)", title="routing")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
