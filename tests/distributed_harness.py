@@ -5,6 +5,7 @@ each rank has a process group of its own, which is killed at the end, at the tim
 is interrupted.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -139,10 +140,8 @@ class _Rank:
     def end(self) -> None:
         """Kill whatever is left of the process group, children that outlived the rank included."""
         self.killed = self.killed or self.running()
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
     def result(self) -> CompletedRank:

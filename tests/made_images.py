@@ -49,8 +49,5 @@ def good_and_bad(root: Path, total: int, bad: set[int], classes: int = 3) -> Pat
     per_class = -(-total // classes)
     return folder(
         root,
-        {
-            f"c{i // per_class}/{i:04d}.png": b"no image" if i in bad else png(i, 8, 8)
-            for i in range(total)
-        },
+        {f"c{i // per_class}/{i:04d}.png": b"no image" if i in bad else png(i, 8, 8) for i in range(total)},
     )

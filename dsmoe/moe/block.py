@@ -27,7 +27,8 @@ class MoE(nn.Module):
         self.gate = Gate(spec.dim, spec.num_experts, spec.top_k, spec.renormalize)
         self.experts = Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
         self.shared_experts = SharedExpert(spec.dim, spec.shared_hidden) if spec.shared_hidden else None
-        load = torch.full((spec.num_experts,), 1.0 / spec.num_experts, dtype=torch.float32)
+        # Converted last: under zero.Init every constructor, whatever its dtype argument, returns the run's bf16.
+        load = torch.ones(spec.num_experts).to(torch.float32) / spec.num_experts
         self.register_buffer("previous_load", load, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:

@@ -5,19 +5,21 @@ from torch import Tensor, nn
 from dsmoe import ops
 
 
+class _XavierLinear(nn.Linear):
+    """Xavier weights from birth: under zero.Init a child's weights are partitioned before its parent sees them."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+
+
 class SharedExpert(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases, no router weight (contracts 2.2). Xavier uniform weights."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for linear in (self.gate_proj, self.up_proj, self.down_proj):
-            nn.init.xavier_uniform_(linear.weight)
+        self.gate_proj = _XavierLinear(dim, hidden, bias=False)
+        self.up_proj = _XavierLinear(dim, hidden, bias=False)
+        self.down_proj = _XavierLinear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""

@@ -36,7 +36,7 @@ class Engine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.stage = self.engine.zero_optimization_stage()
-        self._own_norm = self.stage == 0 and not config["gradient_clipping"]
+        self._own_norm = self.stage == 0
         self._norm: torch.Tensor | float | None = None
 
     @property
@@ -64,7 +64,7 @@ class Engine:
     def step(self) -> None:
         """One micro-step; the optimizer moves at the accumulation boundary, which the engine counts."""
         if self._own_norm and self.engine.is_gradient_accumulation_boundary():
-            # At stage 0 without clipping DeepSpeed computes no norm; the gradients are already averaged here.
+            # At stage 0 DeepSpeed reports no norm in fp32; the gradients are already averaged here.
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(grads)
         self.engine.step()

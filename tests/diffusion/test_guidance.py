@@ -12,7 +12,7 @@ NULL = 10
 
 
 class Linear:
-    """Output channel c of sample b: (c + 1) * x[b, c mod C] + 100 * t[b] + (c + 1) * y[b]; keeps its calls."""
+    """Output channel c of sample b: (c + 1) * x[b, c mod C] + 100 * t[b] + (c + 1) * y[b]."""
 
     def __init__(self, out_channels):
         self.out_channels = out_channels
@@ -39,7 +39,7 @@ def test_guided_channels_extrapolate_and_the_rest_is_conditional(channels, guide
     scale = 1.5
     got = classifier_free(model, y, NULL, scale, channels)(x, t)
     conditional = Linear(out_channels)(x, t, y)
-    # cond - uncond = (c + 1)(y - NULL), so guiding adds (scale - 1)(c + 1)(y - NULL) to the conditional output.
+    # cond - uncond = (c + 1)(y - NULL), so guiding adds (scale - 1)(c + 1)(y - NULL) to cond.
     expected = conditional.clone()
     for c in range(guided):
         expected[:, c] += (scale - 1) * (c + 1) * (y - NULL).view(2, 1, 1)
@@ -80,7 +80,9 @@ def test_scale_one_asks_once_and_undoubled_scale_zero_is_unconditional():
     assert [len(call[0]) for call in model.calls] == [2]
     assert torch.equal(got, Linear(8)(x, t, y))
     free = classifier_free(Linear(8), y, NULL, 0.0, "all")(x, t)
-    torch.testing.assert_close(free[:, :4], Linear(8)(x, t, torch.full_like(y, NULL))[:, :4], rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        free[:, :4], Linear(8)(x, t, torch.full_like(y, NULL))[:, :4], rtol=1e-14, atol=0
+    )
 
 
 def test_bf16_model_is_combined_in_fp32():
@@ -93,12 +95,14 @@ def test_bf16_model_is_combined_in_fp32():
     got = classifier_free(model, y, NULL, 3.0, "all")(x, t)
     both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, NULL)])).float()
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got[:, :4], both[2:, :4] + 3 * (both[:2, :4] - both[2:, :4]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got[:, :4], both[2:, :4] + 3 * (both[:2, :4] - both[2:, :4]), rtol=1e-6, atol=0
+    )
     assert classifier_free(model, y, NULL, 1.0)(x, t).dtype == torch.float32
 
 
 def test_guided_model_drives_a_sampler():
-    """A model that ignores x: one DDIM step from t = 999 to alpha_bar 1 gives (x - s eps)/a with guided eps."""
+    """A model that ignores x: one DDIM step from t = 999 to alpha_bar 1 gives (x - s guided)/a."""
     schedule = make_schedule("linear")
     x, _, y = inputs()
 

@@ -1,6 +1,7 @@
 """Schedules against closed forms, brute-force Gaussian conditioning, exact fractions and diffusers."""
 
 import dataclasses
+import itertools
 import math
 from fractions import Fraction
 
@@ -121,7 +122,9 @@ def test_first_posterior_is_a_point_and_its_log_variance_is_the_second_ones():
 
 def test_one_step_schedule_is_finite():
     schedule = respace(make_schedule("linear"), [999])
-    assert schedule.betas.item() == pytest.approx(1 - make_schedule("linear").alpha_bar[999].item(), abs=1e-15)
+    assert schedule.betas.item() == pytest.approx(
+        1 - make_schedule("linear").alpha_bar[999].item(), abs=1e-15
+    )
     for field in dataclasses.fields(schedule):
         value = getattr(schedule, field.name)
         assert not isinstance(value, torch.Tensor) or bool(torch.isfinite(value).all()), field.name
@@ -194,7 +197,9 @@ def test_iddpm_sections_and_strides():
     assert iddpm_timesteps(1000, "ddim334") == tuple(range(0, 1000, 3))
 
 
-@pytest.mark.parametrize("text", ["", "ddim", "ddim0", "ddim333", "fast", "0", "-5", "2.5", "10,", "1001", "999,2"])
+@pytest.mark.parametrize(
+    "text", ["", "ddim", "ddim0", "ddim333", "fast", "0", "-5", "2.5", "10,", "1001", "999,2"]
+)
 def test_iddpm_refuses(text):
     with pytest.raises(ConfigError, match="respacing"):
         iddpm_timesteps(1000, text)
@@ -226,7 +231,7 @@ def test_spacings_by_hand():
     assert spaced_timesteps(1000, 1, "trailing") == (999,)
     assert spaced_timesteps(1000, 7, "leading") == tuple(142 * i for i in range(7))
     assert spaced_timesteps(1000, 3, "trailing") == (332, 666, 999)  # 1000/3 = 333.3, 666.7, 1000, minus 1
-    # diffusers gives 62 entries, the extra one -1, for 61 trailing steps; the list must have what was asked for.
+    # diffusers gives 62 entries for 61 trailing steps, the extra one -1; ours has what was asked for.
     assert len(spaced_timesteps(1000, 61, "trailing")) == 61
     assert spaced_timesteps(1000, 61, "trailing")[0] >= 0
 
@@ -238,7 +243,7 @@ def test_every_step_count_gives_that_many_increasing_steps(spacing):
         assert len(chosen) == steps
         assert chosen[0] >= 0
         assert chosen[-1] <= 999
-        assert all(a < b for a, b in zip(chosen, chosen[1:], strict=False)), steps
+        assert all(a < b for a, b in itertools.pairwise(chosen)), steps
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_experts_without_tokens_get_a_zero_gradient_not_none():
 
 
 def test_expanded_gradients_and_strided_rows():
-    x, w, c = draw([3, 2], 8, 8, torch.float32)
+    _, w, c = draw([3, 2], 8, 8, torch.float32)
     w.requires_grad_()
     wide = torch.randn(5, 16)
     y = ops.grouped_mm(wide[:, ::2].requires_grad_(), w, c)

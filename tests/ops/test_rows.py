@@ -78,7 +78,7 @@ def test_bfloat16_gradients_are_rounded_once():
 
 
 def test_gradient_dtypes_follow_the_inputs():
-    r, x, rows = draw(5, 4, 2, 3, torch.bfloat16)
+    r, _, rows = draw(5, 4, 2, 3, torch.bfloat16)
     gates = r.gates.float().requires_grad_()
     rows.requires_grad_()
     ops.sum_rows(rows, r.order, r.position, gates).sum().backward()

@@ -74,7 +74,13 @@ def without(environ: dict[str, str], *names: str, **changes: str) -> dict[str, s
             id="srun of an old Slurm",
         ),
         pytest.param(
-            {**SRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"},
+            {
+                **SRUN,
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_NODEID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "2",
+            },
             LaunchPlace(1, 2, 1, 2, "127.0.0.1", 22979, "slurm"),
             id="srun on one host; a step smaller than the allocation",
         ),
@@ -88,7 +94,9 @@ def without(environ: dict[str, str], *names: str, **changes: str) -> dict[str, s
             {**SALLOC_SHELL, **DEEPSPEED}, LaunchPlace(1, 2, 1, 2, "127.0.0.1", 29500, "env"), id="deepspeed in salloc"
         ),
         pytest.param(
-            {**SRUN, **TORCHRUN}, LaunchPlace(5, 8, 1, 4, "node0", 29400, "env"), id="torchrun, one task a host under srun"
+            {**SRUN, **TORCHRUN},
+            LaunchPlace(5, 8, 1, 4, "node0", 29400, "env"),
+            id="torchrun, one task a host under srun",
         ),
         pytest.param(OPENMPI, LaunchPlace(3, 4, 1, 2, "h1", 29500, "openmpi"), id="mpirun, Open MPI"),
         pytest.param(
@@ -103,17 +111,21 @@ def without(environ: dict[str, str], *names: str, **changes: str) -> dict[str, s
             id="mpirun inside a Slurm job",
         ),
         pytest.param(MPICH, LaunchPlace(3, 4, 1, 2, "h1", 29500, "pmi"), id="mpirun, MPICH"),
-        pytest.param({"PMI_RANK": "0", "PMI_SIZE": "1"}, LaunchPlace(0, 1, 0, 1, "127.0.0.1", 29500, "pmi"), id="mpi -n 1"),
+        pytest.param(
+            {"PMI_RANK": "0", "PMI_SIZE": "1"}, LaunchPlace(0, 1, 0, 1, "127.0.0.1", 29500, "pmi"), id="mpi -n 1"
+        ),
         pytest.param(
             {**SRUN, **MPICH, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
             LaunchPlace(3, 4, 1, 2, "h1", 29500, "pmi"),
             id="MPICH's mpirun inside a Slurm job",
         ),
         pytest.param(
-            {**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"}, LaunchPlace(5, 7, 1, 2, "gpu07", 22979, "slurm"), id="srun --mpi=pmi2"
+            {**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"},
+            LaunchPlace(5, 7, 1, 2, "gpu07", 22979, "slurm"),
+            id="srun --mpi=pmi2",
         ),
     ],
-)  # fmt: skip
+)
 def test_place(environ, place):
     assert discover(environ) == place
 

@@ -44,7 +44,7 @@ class Renderer:
             if k == 0:
                 amodal = np.zeros(side * side, bool)
                 amodal[pixels] = t < np.inf
-            near = np.flatnonzero(t < np.inf)
+            near = np.flatnonzero(t < depth[pixels])
             target = pixels[near]
             t, hit_part = t[near], hit_part[near]
             blur = self._blur(t, camera)

@@ -35,7 +35,7 @@ def route(x: Tensor, weight: Tensor, k: int, renormalize: bool) -> Routing:
     logits = x.to(dtype) @ weight.to(dtype).T
     probs = logits.softmax(-1)
     # topk leaves the order of ties open; a stable sort gives them to the lower index.
-    indices = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    indices = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     gates = probs.gather(1, indices)
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True)

@@ -1,0 +1,70 @@
+# Targets: env, quickstart, test, lint, clean. DSMOE_VENV chooses the environment's folder (default .venv).
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := $(or $(DSMOE_VENV),.venv)
+PY := $(VENV)/bin/python
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+PYTHON_TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+# Exact pins where there are any for this kind of machine; constraints/README.md says why not on GPUs.
+CONSTRAINTS ?= $(if $(filter 0,$(GPUS)),$(wildcard constraints/cpu-$(PYTHON_TAG).txt))
+# Compiling thousands of modules that are never imported is most of the time of an install.
+PIP := $(PY) -m pip install --quiet --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+STAMP := $(VENV)/.dsmoe-$(shell cat setup.py $(CONSTRAINTS) | sha256sum | cut -c1-16)
+
+CORES := $(shell nproc 2>/dev/null || echo 2)
+# The quickstart: two ranks, on GPUs if there are two or more, one if there is one, and two on a CPU.
+RANKS := $(if $(filter 1,$(GPUS)),1,2)
+ON_CPU := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
+# Seconds after which a test group is interrupted; pytest then still prints its summary.
+UNIT_SECONDS ?= 480
+DISTRIBUTED_SECONDS ?= 540
+
+.PHONY: help env quickstart test lint clean
+
+help:
+	@echo "make env         make or renew the environment in $(VENV)"
+	@echo "make quickstart  train the small default recipe on this machine, then say where everything lies"
+	@echo "make test        all tests that this machine can run"
+	@echo "make lint        style checks"
+	@echo "make clean       remove caches and build products (not runs, not the environment)"
+
+env: $(STAMP)
+
+# torch comes first because DeepSpeed's source distribution imports it while it is built.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed==0.19.8
+	$(PIP) --no-build-isolation -e .[dev]
+	@rm -f $(VENV)/.dsmoe-*
+	@touch $@
+
+quickstart: env
+	$(ON_CPU) OMP_NUM_THREADS=$(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 ))) \
+	PATH="$(abspath $(VENV))/bin:$$PATH" deepspeed --num_gpus $(RANKS) launchers/pretrain.py \
+	    --deepspeed_config ds_configs/quickstart.json
+	@run=$$(ls -dt runs/quickstart-*/ | head -n 1); \
+	echo "run folder   $$run"; \
+	echo "samples      $${run}samples/"; \
+	echo "metrics      $${run}metrics.jsonl, tensorboard --logdir $${run}tb"; \
+	echo "checkpoints  $${run}ckpt/"; \
+	echo "plan, logs   $${run}plan.json, $${run}logs/"
+
+# Both groups run, also when the first fails. --foreground lets Ctrl-C reach pytest.
+test: env
+	@status=0; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}; \
+	timeout --foreground -s INT -k 30 $(UNIT_SECONDS) $(PY) -m pytest -q -m "not distributed" </dev/null || status=$$?; \
+	timeout --foreground -s INT -k 30 $(DISTRIBUTED_SECONDS) $(PY) -m pytest -q -m distributed </dev/null || status=$$?; \
+	exit $$status
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find dsmoe tests launchers benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""`python -m dsmoe COMMAND`: what the machine offers and which recipes there are. Training starts from launchers/."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dsmoe import __version__
+from dsmoe.base.errors import EXIT_BAD_INPUT, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 0, or 2 with one line on stderr for a user's mistake."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsmoe",
+        description="What this machine offers, and which recipes there are. Training starts from launchers/.",
+    )
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="print what was found here and which implementation each op uses")
+    doctor.add_argument("--no-measure", action="store_true", help="leave out the timing of a matrix product")
+    doctor.set_defaults(run=_doctor)
+    recipes = commands.add_parser("recipes", help="list the recipes that --recipe accepts by name")
+    recipes.set_defaults(run=_recipes)
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    # Imported here, as in every command, so that --help needs no torch.
+    from dsmoe import ops
+    from dsmoe.runtime.doctor import report
+
+    _print_table([("dsmoe", __version__), *report(ops.implementations, measure=not arguments.no_measure)])
+    return 0
+
+
+def _recipes(_: argparse.Namespace) -> int:
+    from dsmoe.base.recipe import list_recipes
+
+    _print_table(list_recipes())
+    return 0
+
+
+def _print_table(rows: Sequence[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

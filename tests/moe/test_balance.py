@@ -1,0 +1,83 @@
+"""Balance and z losses: closed forms, decomposition, gradients."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dsmoe.moe import balance
+
+
+def draw(b=4, t=6, e=5, k=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    probs = torch.randn(b, t, e, generator=g, dtype=torch.float64).softmax(-1)
+    indices = probs.topk(k).indices.view(b * t, k)
+    return probs, indices, balance.counts_per_sample(indices, b, e)
+
+
+def test_counts_per_sample_against_numpy():
+    _, indices, counts = draw()
+    expected = [np.bincount(row, minlength=5) for row in indices.view(4, 12).numpy()]
+    assert np.array_equal(counts, expected)
+
+
+def test_sample_scope_against_loops():
+    probs, indices, counts = draw()
+    total = 0.0
+    for b in range(4):
+        for e in range(5):
+            count = sum(int(i) == e for i in indices.view(4, -1)[b])
+            total += 5 / (6 * 2) * count * float(probs[b, :, e].mean())
+    assert balance.sample_balance(probs, counts).item() == pytest.approx(total / 4, rel=1e-12)
+
+
+def test_sample_scope_decomposes_over_images():
+    probs, _, counts = draw(b=6)
+    whole = balance.sample_balance(probs, counts)
+    halves = [balance.sample_balance(probs[s], counts[s]) for s in (slice(0, 3), slice(3, 6))]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole, rtol=1e-14, atol=0)
+
+
+def test_perfect_balance_gives_one_and_collapse_gives_e():
+    uniform = torch.full((2, 4, 4), 0.25, dtype=torch.float64)
+    even = torch.full((2, 4), 2)
+    collapsed = torch.zeros(2, 4, 4, dtype=torch.float64)
+    collapsed[..., 1] = 1
+    one = torch.tensor([0, 8, 0, 0]).expand(2, 4)
+    for loss in (balance.sample_balance, balance.micro_balance):
+        assert loss(uniform, even).item() == pytest.approx(1)
+        assert loss(collapsed, one).item() == pytest.approx(4)
+    assert balance.step_balance(uniform, torch.full((4,), 0.25)).item() == pytest.approx(1)
+    assert balance.step_balance(collapsed, torch.tensor([0.0, 1, 0, 0])).item() == pytest.approx(4)
+
+
+def test_micro_scope_against_the_published_formula():
+    """sum_e P_e f_e, f_e = E * mean over tokens * K of the one-hot choices (contracts 2.2)."""
+    probs, indices, counts = draw()
+    one_hot = np.eye(5)[indices.numpy().ravel()]
+    expected = (probs.numpy().reshape(-1, 5).mean(0) * one_hot.mean(0) * 5).sum()
+    assert balance.micro_balance(probs, counts).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_scopes_agree_for_one_image_and_differ_otherwise():
+    probs, _, counts = draw(b=1)
+    assert torch.equal(balance.sample_balance(probs, counts), balance.micro_balance(probs, counts))
+    probs, _, counts = draw(b=4)
+    assert not torch.isclose(balance.sample_balance(probs, counts), balance.micro_balance(probs, counts))
+
+
+def test_the_gradient_pushes_probability_away_from_busy_experts():
+    probs, _, counts = draw()
+    probs.requires_grad_()
+    balance.sample_balance(probs, counts).backward()
+    # d/dp_bte = E * share_be / (B T): proportional to the load of the image.
+    expected = 5 * counts.double() / 12 / (4 * 6)
+    torch.testing.assert_close(probs.grad, expected[:, None].expand_as(probs))
+
+
+def test_z_loss_is_the_mean_square_and_zero_without_tokens():
+    values = torch.tensor([1.0, -2.0, 3.0])
+    assert balance.z_loss(values).item() == pytest.approx(14 / 3)
+    assert balance.z_loss(torch.full((7,), math.log(8.0))).item() == pytest.approx(math.log(8) ** 2)
+    assert balance.z_loss(values[:0]).item() == 0
