@@ -39,12 +39,12 @@ class FitOptions:
     images: int | None = None
     minutes: float | None = None
     seed: int = 0
-    batch: int = 32
+    batch: int = 16
     learning_rate: float = 2e-3
-    warmup_images: int = 8_000
+    warmup_images: int = 4_000
     l2_weight: float = 4.0
     edge_weight: float = 0.5
-    kl_weight: float = 1e-3
+    kl_weight: float = 4e-3
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
@@ -261,4 +261,5 @@ def run(
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
     partial = file.with_name(f".{file.name}.partial")
     save_file(tensors, partial, metadata)
+    partial.chmod(0o644)  # safetensors makes files only the owner can read
     os.replace(partial, file)

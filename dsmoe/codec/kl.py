@@ -71,11 +71,11 @@ class KLAutoencoder(nn.Module):
             _conv(CHANNELS, high),
             _Residual(high),
             _Residual(high),
+            nn.Conv2d(high, middle, 1),  # before the upsampling: a quarter of the work
             nn.Upsample(scale_factor=2),
-            _conv(high, middle),
             _Residual(middle),
+            nn.Conv2d(middle, low, 1),
             nn.Upsample(scale_factor=2),
-            _conv(middle, low),
             _Residual(low),
             _head(low, pixels),
             nn.PixelShuffle(_STEM),
