@@ -86,6 +86,8 @@ class Plan:
     @staticmethod
     def from_dict(tree: dict) -> "Plan":
         """The Plan in a plan.json or in a weight file's metadata; CheckpointError when it is not one of ours."""
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"the plan holds {type(tree).__name__}, not an object; the file is not a dsmoe plan.")
         if tree.get("format") != PLAN_FORMAT:
             raise CheckpointError(
                 f"plan format is {tree.get('format')!r}; this dsmoe reads format {PLAN_FORMAT}. Use a matching dsmoe."

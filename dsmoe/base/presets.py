@@ -44,6 +44,11 @@ class ModelSpec:
                 f"model.num_experts is {self.num_experts} and model.shared_ratio {self.shared_ratio}; "
                 "neither may be negative (0 means none)."
             )
+        if self.mlp_hidden < 1 or (self.shared_ratio > 0 and self.shared_hidden < 1):
+            raise ConfigError(
+                f"model.mlp_ratio {self.mlp_ratio} and model.shared_ratio {self.shared_ratio} of model.dim {self.dim} "
+                "make a layer without hidden units; raise the ratio (model.shared_ratio 0 means none)."
+            )
         if self.dim % self.heads:
             raise ConfigError(f"model.heads {self.heads} does not divide model.dim {self.dim}.")
         if self.dim % 4:

@@ -54,11 +54,11 @@ class DataSpec:
         _require(self.size is None or self.size >= 1, "data.size", self.size, "at least 1, or null")
         _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
         if self.source == "scenes" and self.path is not None:
-            raise ConfigError(f"data.path is {self.path!r} but data.source scenes has no files; drop data.path.")
+            raise ConfigError(f"data.path is {self.path!r} but data.source scenes has no files; set data.path=null.")
         if self.source != "scenes" and self.path is None:
             raise ConfigError(f"data.source is {self.source} and data.path is missing; give data.path=FOLDER.")
         if self.source != "scenes" and self.size is not None:
-            raise ConfigError(f"data.size is {self.size}; only data.source scenes takes a size. Drop it.")
+            raise ConfigError(f"data.size is {self.size}; only data.source scenes takes a size. Set data.size=null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,8 @@ class EmaSpec:
     def __post_init__(self) -> None:
         if (self.decay is None) == (self.half_life_images is None):
             raise ConfigError(
-                f"ema.decay is {self.decay} and ema.half_life_images {self.half_life_images}; give exactly one."
+                f"ema.decay is {self.decay} and ema.half_life_images {self.half_life_images}; give exactly one "
+                "(set the other to null)."
             )
         _require(self.decay is None or 0 <= self.decay < 1, "ema.decay", self.decay, "in [0, 1)")
         half = self.half_life_images

@@ -1,6 +1,7 @@
 """Mappings (YAML, JSON) into frozen dataclass trees, strictly: unknown keys, wrong types and duplicates are errors."""
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -18,6 +19,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"line {key_node.start_mark.line + 1} has a list or mapping as a key; keys are names.")
         key = loader.construct_object(key_node)
         if key in seen:
             raise ConfigError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1}); keep one of them.")
@@ -26,16 +29,22 @@ def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode)
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+# Beside its own errors the loader lets out those of Python's constructors: a date 2020-13-01, deep nesting.
+_MALFORMED = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+
+
+def _parse(text: str) -> object:
+    return _StrictLoader(text).get_single_data()
 
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; ConfigError when it is unreadable, malformed or not a mapping."""
     try:
-        tree = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+        tree = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; give a readable YAML file.") from error
+    except _MALFORMED as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}; correct it there.") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
@@ -46,9 +55,13 @@ def read_yaml(path: Path) -> dict:
 def set_by_path(tree: dict, dotted: str, text: str) -> None:
     """Set `a.b.c` in nested mappings to the YAML value of `text`; unknown keys are found later, when typed."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {dotted}={text!r}: the value is not valid YAML: {error}") from error
+        value = _parse(text)
+    except _MALFORMED as error:
+        raise ConfigError(
+            f"override {dotted}={text!r}: the value is not valid YAML ({error}); quote it, as in {dotted}='\"...\"'."
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"override {dotted}={text!r}: {error}") from error
     *parents, last = dotted.split(".")
     node = tree
     for key in parents:
@@ -75,12 +88,14 @@ def from_mapping(cls: type, tree: object, where: str) -> object:
         if f.name not in tree and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{where} lacks {', '.join(label + m for m in missing)}; add it.")
+        other = " or give model.preset" if cls is ModelSpec else ""
+        raise ConfigError(f"{where} lacks {', '.join(label + m for m in missing)}; add it{other}.")
     return cls(**{key: _typed(hints[key], value, label + key) for key, value in tree.items()})
 
 
 def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls)]
+    return ["preset", *names] if cls is ModelSpec else names
 
 
 def _from_preset(tree: dict) -> ModelSpec:
@@ -88,7 +103,7 @@ def _from_preset(tree: dict) -> ModelSpec:
     changes = {k: v for k, v in tree.items() if k != "preset"}
     for key in changes:
         if key not in hints:
-            raise ConfigError(choose_from("key", f"model.{key}", [f"model.{n}" for n in ("preset", *_names(ModelSpec))]))
+            raise ConfigError(choose_from("key", f"model.{key}", [f"model.{n}" for n in _names(ModelSpec)]))
     return preset(str(tree["preset"]), **{k: _typed(hints[k], v, f"model.{k}") for k, v in changes.items()})
 
 
@@ -120,12 +135,13 @@ def _scalar(hint: object, value: object, where: str) -> object:
         # YAML 1.1 reads 1e-4 as a string and 4e5 as one too; both are numbers to everyone else.
         try:
             number = float(value) if isinstance(value, (int, float, str)) else None
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
-        if number is not None and number == number and abs(number) != float("inf"):
+        if number is not None and math.isfinite(number):
             if hint is float:
                 return number
             if number.is_integer():
                 return value if isinstance(value, int) else int(number)
-    kind = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}[hint]
+    text = "text" if value is None else "text (in quotes, where YAML reads it as something else)"
+    kind = {bool: "true or false", str: text, int: "a whole number", float: "a finite number"}[hint]
     raise ConfigError(f"{where} is {value!r}; it must be {kind}.")

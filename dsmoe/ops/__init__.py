@@ -90,7 +90,7 @@ def expert_act(h: Tensor, kind: str, up: Tensor | None = None) -> Tensor:
 def add_expert_bias(rows: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
     """rows[R,M] + bias[e(r)], bias [E,M], with e(r) the expert of row r as given by counts[E].
 
-    The bias gradient is summed in float32 without atomics.
+    The bias gradient is a matrix product: deterministic, accumulated in float32.
     """
     return _OPS["add_expert_bias"](rows, bias, counts)
 

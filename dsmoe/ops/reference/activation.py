@@ -6,7 +6,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dsmoe.base.presets import EXPERT_KINDS
-from dsmoe.ops.precision import maths_dtype
 
 
 def expert_act(h: Tensor, kind: str, up: Tensor | None = None) -> Tensor:
@@ -37,5 +36,4 @@ class _AddExpertBias(torch.autograd.Function):
         num_experts, dtype = ctx.bias
         # The product with the membership matrix sums each expert's rows without atomics or a host wait.
         member = expert == torch.arange(num_experts, device=expert.device)[:, None]
-        work = maths_dtype(grad)
-        return grad, (member.to(work) @ grad.to(work)).to(dtype), None
+        return grad, (member.to(grad.dtype) @ grad).to(dtype), None
