@@ -8,21 +8,24 @@ generation than its own stops writing (a requeued run is never overwritten by it
 
 import json
 import os
+import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe.base.errors import ConfigError, TrainingFailure
+from dsmoe.base.errors import ConfigError, TrainingFailure, UserError
 from dsmoe.base.plan import Plan
 from dsmoe.base.recipe import science_of
 
 DEFAULT_ROOT = Path("runs")
+_TEMPORARY = ".dsmoe-tmp"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -72,21 +75,41 @@ class RunFolder:
         return self.path / "FAILED"
 
     def check(self, plan: Plan) -> None:
-        """ConfigError if the folder cannot be used, or holds a run of other science; names the changed keys."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"run folder {self.path} is a file; give --run a folder.")
-        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise ConfigError(f"run folder {self.path} cannot be written ({parent} is read-only); give another --run.")
-        if not self.plan.exists():
-            if self.path.is_dir() and any(self.path.iterdir()) and not self.holds_only_a_failure():
+        """ConfigError if the folder cannot be used, or holds a run of other science; names the changed keys.
+
+        Leaves nothing behind. Every rank asks, so that all stop together.
+        """
+        try:
+            if os.path.lexists(self.path) and not self.path.is_dir():
+                raise ConfigError(f"run folder {self.path} is a file; give --run a folder.")
+            self._try_to_write()
+            known = self.plan.exists()
+            if not known and self.path.is_dir() and not self.holds_only_a_failure():
                 raise ConfigError(
                     f"run folder {self.path} is not empty and holds no plan.json; give --run a new or empty folder."
                 )
-            return
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            raise ConfigError(
+                f"run folder {self.path} cannot be used ({reason}); give another --run."
+            ) from error
+        if known:
+            self._compare(plan)
+
+    def _try_to_write(self) -> None:
+        """OSError unless a file can be made here, or in the nearest folder above that exists.
+
+        Permission bits do not tell: root passes them, and still cannot write in /proc or on a read-only mount.
+        """
+        path = self.path.absolute()
+        nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+        with tempfile.TemporaryFile(dir=nearest, prefix=".", suffix=_TEMPORARY):
+            pass
+
+    def _compare(self, plan: Plan) -> None:
         try:
             old = Plan.from_dict(json.loads(self.plan.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             raise ConfigError(f"{self.plan} cannot be read ({error}); give another --run.") from error
         before, now = science_of(old.recipe), science_of(plan.recipe)
         changed = [f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in now if before.get(k) != now[k]]
@@ -96,8 +119,17 @@ class RunFolder:
             )
 
     def holds_only_a_failure(self) -> bool:
-        """Nothing but the traces of an earlier refused command."""
-        return {p.name for p in self.path.iterdir()} <= {"FAILED", "logs", "lease.json"}
+        """Nothing, or nothing but the traces of an earlier refused command."""
+        names = {p.name for p in self.path.iterdir() if not (p.name[0] == "." and p.name.endswith(_TEMPORARY))}
+        return names <= {"FAILED", "logs", "lease.json"}
+
+    def takes_a_failure(self) -> bool:
+        """Whether FAILED can be written here without touching a run or another's files."""
+        try:
+            self._try_to_write()
+            return not os.path.lexists(self.path) or self.holds_only_a_failure()
+        except OSError:
+            return False
 
     def create(self, plan: Plan) -> "Lease":
         """Make the folder, write the plan, clear an old FAILED and take the next lease."""
@@ -108,10 +140,13 @@ class RunFolder:
         write_text_atomically(self.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
         return lease
 
-    def record_failure(self, line: str) -> None:
-        """Leave the line in FAILED, unless the run is DONE; best effort, since the folder itself may be the fault."""
+    def record_failure(self, line: str, *, replace: bool = True) -> None:
+        """Leave the line in FAILED, unless the run is DONE; best effort, since the folder itself may be the fault.
+
+        replace: False keeps a line that is there: of the rank that failed first, not of its peers that noticed.
+        """
         try:
-            if self.done.exists():
+            if self.done.exists() or (self.failed.exists() and not replace):
                 return
             self.path.mkdir(parents=True, exist_ok=True)
             write_text_atomically(self.failed, line + "\n")
@@ -129,41 +164,55 @@ def default_run_folder(plan: Plan) -> RunFolder:
 
 
 def rejected_run_folder(run: str | None, recipe: str) -> RunFolder:
-    """Where FAILED goes when the input was refused: the named folder, or one beside it if it holds something else."""
-    if run is None:
-        return RunFolder(DEFAULT_ROOT / f"{Path(recipe).stem or 'recipe'}-rejected")
-    folder = RunFolder(Path(run))
-    if folder.path.is_dir() and any(folder.path.iterdir()) and not folder.holds_only_a_failure():
-        return RunFolder(folder.path.with_name(folder.path.name + "-rejected"))
-    return folder
+    """Where FAILED goes when the input was refused: a folder that takes it without touching anything else.
+
+    The named one; one beside it when it holds something else; without either, runs/<recipe>-rejected.
+    """
+    if run:
+        named = Path(os.path.abspath(run))
+        beside = [named.with_name(f"{named.name}-rejected")] if named.name else []
+        for folder in (RunFolder(path) for path in (named, *beside)):
+            if folder.takes_a_failure():
+                return folder
+    return RunFolder(DEFAULT_ROOT / f"{Path(recipe).stem or 'recipe'}-rejected")
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write in a run folder: generation N until somebody takes N + 1."""
+    """The right to write in a run folder: generation N until somebody takes N + 1.
+
+    holder: a word of the job's own, which tells two jobs apart that took the same number at the same moment.
+    """
 
     folder: RunFolder
     generation: int
+    holder: str
 
     @staticmethod
     def take(folder: RunFolder) -> "Lease":
         """Take the next generation."""
-        generation = Lease._current(folder) + 1
-        record = {"generation": generation, "pid": os.getpid(), "host": os.uname().nodename, "time": time.time()}
+        lease = Lease(folder, Lease._current(folder)[0] + 1, uuid.uuid4().hex)
+        record = {"generation": lease.generation, "holder": lease.holder, "pid": os.getpid()}
+        record |= {"host": os.uname().nodename, "time": time.time()}
         write_text_atomically(folder.lease, json.dumps(record) + "\n")
-        return Lease(folder, generation)
+        return lease
 
     @staticmethod
-    def _current(folder: RunFolder) -> int:
+    def _current(folder: RunFolder) -> tuple[int, str]:
         try:
-            return int(json.loads(folder.lease.read_text(encoding="utf-8"))["generation"])
-        except FileNotFoundError:
-            return 0
+            record = json.loads(folder.lease.read_text(encoding="utf-8"))
+            return int(record["generation"]), str(record["holder"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, ""  # none yet, or damaged: nobody holds it
+
+    def is_current(self) -> bool:
+        """Whether nobody has taken over."""
+        return Lease._current(self.folder) == (self.generation, self.holder)
 
     def verify(self) -> None:
         """TrainingFailure when a later job has taken over; call before every write that another job would see."""
-        current = Lease._current(self.folder)
-        if current != self.generation:
+        if not self.is_current():
+            current = Lease._current(self.folder)[0]
             raise TrainingFailure(
                 f"run folder {self.folder.path} was taken over by a later job (lease {current}, ours "
                 f"{self.generation}); this job stops without writing."

@@ -59,13 +59,13 @@ class SDCodec(nn.Module):
 
 
 def _load(path: str) -> nn.Module:
+    source, subfolder = _locate(path)  # before the import, which takes seconds
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ConfigError(
             f"codec 'sd' needs the package diffusers ({error}); install it or choose another codec"
         ) from error
-    source, subfolder = _locate(path)
     try:
         network, info = AutoencoderKL.from_pretrained(
             source,

@@ -48,6 +48,12 @@ class FaultReporter(Protocol):
     `account` of the copy in the training process.
     """
 
+    faults: tuple[Fault, ...]  # distinct ones accounted so far
+
+    def name(self, i: int) -> str:
+        """Item i as people know it, such as "class/file"."""
+        ...
+
     def drain_faults(self) -> tuple[Fault, ...]:
         """Faults met by `read` since the last call, in order; forgets them."""
         ...

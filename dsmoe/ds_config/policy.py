@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.ds_config.keys import PASSED_KEYS, check_values
 
 RECIPE_KEYS = {
     "train_batch_size": "train.global_batch",
@@ -13,26 +14,6 @@ RECIPE_KEYS = {
     "gradient_clipping": "optimizer.clip",
 }
 BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-PASSED_KEYS = (
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "disable_allgather",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "steps_per_print",
-    "aio",
-    "compile",
-)
 OURS = "dsmoe"
 
 REMOVED_KEYS = (
@@ -48,7 +29,6 @@ REMOVED_KEYS = (
     "curriculum_learning",
     "progressive_layer_drop",
 )
-REMOVED_ZERO_KEYS = ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
 
 NOT_HERE = {
     "activation_checkpointing": "set dsmoe.activation_checkpointing to true or false instead",
@@ -57,10 +37,13 @@ NOT_HERE = {
     "wandb": "metrics.jsonl holds every figure; drop it",
     "checkpoint": "dsmoe writes its own checkpoint format; drop it",
     "torch_autocast": "set bf16.enabled or fp16.enabled instead",
+    "aio": "offload goes to the CPU, which reads none of it; drop it",
+    "compile": "DeepCompile is not used; drop it",
     "expert_parallel": "set dsmoe.expert_parallel_size instead",
     "autotuning": "use python -m dsmoe tune and the planner; drop it",
 }
 
+MAX_TIMEOUT_MINUTES = 100_000
 OPTIMIZERS = ("auto", "torch", "torch_fused", "cpu_adam", "apex")
 
 
@@ -114,14 +97,23 @@ def load_policy(path: str) -> EnginePolicy:
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise ConfigError(f"cannot read --deepspeed_config {path}: {error.strerror or error}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}. Trailing commas and comments are not allowed.") from error
+        raise ConfigError(
+            f"cannot read --deepspeed_config {path}: {error.strerror or error}; give a file such as "
+            "ds_configs/quickstart.json."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not valid JSON: {error}. Correct it there; trailing commas and comments are not allowed."
+        ) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
-        _fail(path, f"holds {type(tree).__name__}, not an object of keys.")
+        _fail(path, f"holds {type(tree).__name__}, not an object of keys; see ds_configs/quickstart.json.")
     _check_keys(path, tree)
+    try:
+        check_values(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     zero = _zero_block(path, tree)
     stated = _batch_number(path, tree, "train_batch_size")
     return EnginePolicy(
@@ -157,13 +149,8 @@ def _check_keys(path: str, tree: dict) -> None:
 
 def _zero_block(path: str, tree: dict) -> dict:
     zero = tree.get("zero_optimization", {"stage": 0})
-    if not isinstance(zero, dict):
-        _fail(path, f"'zero_optimization' is {json.dumps(zero)}; it must be an object with a stage from 0 to 3.")
-    for key in REMOVED_ZERO_KEYS:
-        if key in zero:
-            _fail(path, f"'zero_optimization.{key}' was removed from DeepSpeed 0.19; drop it.")
     stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    if not isinstance(stage, int) or stage not in (0, 1, 2, 3):
         _fail(path, f"'zero_optimization.stage' is {json.dumps(stage)}; choose 0, 1, 2 or 3.")
     if zero.get("reduce_scatter") is False:
         _fail(path, "'zero_optimization.reduce_scatter' is false; expert gradients need it, so leave it out.")
@@ -174,8 +161,8 @@ def _offloaded(path: str, zero: dict, key: str) -> bool:
     block = zero.get(key)
     if block is None:
         return False
-    device = block.get("device", "cpu") if isinstance(block, dict) else block
-    if not isinstance(block, dict) or device not in ("none", "cpu"):
+    device = block.get("device")
+    if device not in ("none", "cpu"):
         _fail(path, f"'zero_optimization.{key}.device' is {json.dumps(device)}; choose \"none\" or \"cpu\".")
     if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
         needed = "3" if key == "offload_param" else "1, 2 or 3"
@@ -186,10 +173,7 @@ def _offloaded(path: str, zero: dict, key: str) -> bool:
 def _precision(path: str, tree: dict) -> str:
     enabled = {}
     for name in ("bf16", "fp16"):
-        block = tree.get(name, {})
-        if not isinstance(block, dict):
-            _fail(path, f'{name!r} is {json.dumps(block)}; write "{name}": {{"enabled": true}} or leave it out.')
-        value = block.get("enabled", False)
+        value = tree.get(name, {}).get("enabled", False)
         if not isinstance(value, bool):
             _fail(path, f"'{name}.enabled' is {json.dumps(value)}; choose true or false.")
         enabled[name] = value
@@ -221,11 +205,11 @@ def _our_block(path: str, tree: object) -> DsmoeBlock:
     block = DsmoeBlock(**tree)
     if block.expert_parallel_size < 1:
         _fail(path, f"'dsmoe.expert_parallel_size' is {block.expert_parallel_size}; it must be at least 1.")
-    if block.data_workers < 0 or block.timeout_minutes <= 0:
+    if block.data_workers < 0 or not 0 < block.timeout_minutes <= MAX_TIMEOUT_MINUTES:
         _fail(
             path,
             f"'dsmoe.data_workers' is {block.data_workers} and 'dsmoe.timeout_minutes' {block.timeout_minutes:g}; "
-            "workers must be 0 or more, the timeout above 0.",
+            f"workers must be 0 or more, the timeout above 0 and at most {MAX_TIMEOUT_MINUTES:,}.",
         )
     if block.optimizer not in OPTIMIZERS:
         _fail(path, choose_from("dsmoe.optimizer", block.optimizer, OPTIMIZERS))

@@ -93,7 +93,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     flipped = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     images = torch.where(flipped, images.flip(3), images)
     sharp, blurred, coarse, coarser = images.tensor_split(4)
-    blurred = _blur(blurred, float(uniform(0.4, 1.2)))
+    blurred = blur(blurred, float(uniform(0.4, 1.2)))
     coarse = _through_grid(coarse, int(uniform(32, 56)))
     coarser = _through_grid(coarser, int(uniform(20, 40)))
     images = torch.cat([sharp, blurred, coarse, coarser])
@@ -101,7 +101,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + uniform(0.0, 0.1, count, 1, 1, 1) * torch.randn(images.shape, generator=generator)
 
 
-def _blur(images: Tensor, sigma: float) -> Tensor:
+def blur(images: Tensor, sigma: float) -> Tensor:
     """Gaussian blur, sigma in pixels."""
     reach = math.ceil(3 * sigma)
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)

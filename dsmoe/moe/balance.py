@@ -13,6 +13,7 @@ SCOPES = ("sample", "micro", "step", "none")
 
 
 def check_scope(scope: str) -> str:
+    """The scope itself if it is one of SCOPES, else ConfigError."""
     if scope not in SCOPES:
         raise ConfigError(choose_from("balance scope", scope, SCOPES))
     return scope

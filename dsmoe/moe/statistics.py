@@ -36,8 +36,8 @@ def load_imbalance(load: Tensor) -> Tensor:
 
 
 def dead_experts(load: Tensor, share: float = 0.05) -> Tensor:
-    """How many experts [...] have a load [..., E] below `share` of the fair share 1/E."""
-    return (load < share / load.shape[-1]).sum(-1)
+    """Which experts have a load [..., E] below `share` of the fair share 1/E: bool [..., E]."""
+    return load < share / load.shape[-1]
 
 
 def load_by_group(load_per_sample: Tensor, group: Tensor, groups: int) -> Tensor:

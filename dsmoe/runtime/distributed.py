@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from dsmoe.base.errors import ConfigError
 from dsmoe.runtime import extension_cache
 from dsmoe.runtime.device import Device
-from dsmoe.runtime.launch_environment import LaunchPlace, discover, export
+from dsmoe.runtime.launch_environment import LaunchPlace, discover, export, stated_rank
 from dsmoe.runtime.logging import get_logger
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "on_main",
     "rank",
     "shutdown",
+    "stated_rank",
     "world_size",
 ]
 

@@ -86,6 +86,13 @@ def discover(environ: Mapping[str, str]) -> LaunchPlace:
     return LaunchPlace(0, 1, 0, 1, LOOPBACK, 0, "single")
 
 
+def stated_rank(environ: Mapping[str, str]) -> int:
+    """The rank an environment claims, 0 when it claims none: who speaks when `discover` refuses it."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    text = next((environ[name] for name in names if name in environ), "").strip()
+    return int(text) if text.isdecimal() else 0
+
+
 def export(place: LaunchPlace, environ: MutableMapping[str, str]) -> None:
     """Write the names that torch.distributed and DeepSpeed read; a port of 0 becomes a free one."""
     port = place.master_port or free_port()

@@ -1,4 +1,4 @@
-"""From class labels to images: guidance, sampler and decoder over any model callable."""
+"""From class labels to images: guidance, sampler and decoder over any model callable, on one rank or on all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.base.plan import Plan
 from dsmoe.codec.protocol import Codec
 from dsmoe.data.transforms import to_uint8
 from dsmoe.diffusion.guidance import classifier_free
 from dsmoe.diffusion.samplers import ancestral, ddim
-from dsmoe.diffusion.schedules import Schedule
+from dsmoe.diffusion.schedules import Schedule, make_schedule
 from dsmoe.ops import random
+from dsmoe.runtime import distributed
+from dsmoe.runtime.logging import Progress
 
 SAMPLERS = ("ddim", "ancestral")
+Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]]
 _STEP_BITS = 16  # room for the step number inside the sample index of a step's noise
 
 
@@ -39,9 +43,57 @@ class Sampling:
             raise ConfigError(choose_from("sampler", self.sampler, SAMPLERS))
 
 
+def sampling_of(plan: Plan) -> Sampling:
+    """The plan's own way of drawing, as its sample sheets use it."""
+    report = plan.recipe.report
+    return Sampling(
+        steps=report.sample_steps,
+        guidance=report.guidance,
+        cfg_channels=report.cfg_channels,
+        seed=plan.recipe.train.seed,
+    )
+
+
+def draw_shared(
+    model: Model,
+    plan: Plan,
+    codec: Codec,
+    labels: Tensor,
+    index: Tensor,
+    sampling: Sampling,
+    *,
+    device: torch.device,
+) -> Tensor:
+    """uint8 [N, 3, H, W] on every rank's CPU; each rank draws every world_size-th image.
+
+    model and codec are the plan's, on `device`. labels, index: int64 [N], N >= 1, class and number of each image,
+    equal on all ranks. An image depends on its label and number alone, not on the ranks.
+    """
+    world, count = distributed.world_size(), len(labels)
+    padded = torch.arange(-(-count // world) * world) % count  # equal shares, so that all ranks meet
+    mine = padded[distributed.rank() :: world]
+    progress = Progress("sampling", len(padded), "images")
+    images = generate(
+        model,
+        codec,
+        make_schedule(plan.recipe.diffusion.schedule, plan.recipe.diffusion.timesteps),
+        labels[mine].to(device),
+        index[mine].to(device),
+        sampling,
+        latent_side=plan.model.input_size,
+        null_class=plan.model.num_classes,
+        prediction=plan.recipe.diffusion.prediction,
+        learned_variance=plan.model.learn_sigma,
+        progress=lambda n: progress.update(n * world),
+    )
+    progress.finish()
+    parts = distributed.all_gather_tensor(images)
+    return torch.stack(parts, 1).flatten(0, 1)[:count]
+
+
 @torch.no_grad()
 def generate(
-    model: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]],
+    model: Model,
     codec: Codec,
     schedule: Schedule,
     labels: Tensor,

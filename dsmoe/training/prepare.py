@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from dsmoe.base.accounting import ParameterCount, count_macs, count_parameters
-from dsmoe.base.errors import ConfigError, UserError
+from dsmoe.base.errors import ConfigError, UserError, choose_from
 from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
 from dsmoe.base.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from dsmoe.base.run_folder import RunFolder, default_run_folder
@@ -61,7 +61,9 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_command(argv: list[str], description: str) -> Command:
     """The launcher's arguments; ConfigError (never argparse's own exit) on a mistake."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--deepspeed_config", metavar="FILE", help="engine policy, such as ds_configs/quickstart.json")
     parser.add_argument(
         "--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="the science (python -m dsmoe recipes lists names)"
@@ -70,8 +72,12 @@ def parse_command(argv: list[str], description: str) -> Command:
     parser.add_argument("--plan", action="store_true", help="print the resolved plan and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as train.images=100000")
-    given = parser.parse_args(argv)
-    if given.deepspeed_config is None:
+    # Intermixed: overrides may stand before, between and after the options.
+    given, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        flags = ("--deepspeed_config", "--recipe", "--run", "--plan", "--help", "key=value")
+        raise ConfigError(choose_from("argument", unknown[0], flags))
+    if not given.deepspeed_config:
         raise ConfigError("--deepspeed_config is missing; give a file such as ds_configs/quickstart.json.")
     return Command(given.deepspeed_config, given.recipe, given.run, given.plan, given.overrides)
 
@@ -79,8 +85,7 @@ def parse_command(argv: list[str], description: str) -> Command:
 def prepare(command: Command, place: LaunchPlace) -> Prepared:
     """Resolve the command into a plan and its parts; UserError on the first thing that does not fit.
 
-    place: where this process stands among all. The main process alone looks at the run folder, because it
-    alone writes there.
+    place: where this process stands among all. Every rank checks everything, so that all stop on the same fault.
     """
     recipe = load_recipe(command.recipe, command.overrides)
     policy = load_policy(command.deepspeed_config)
@@ -127,8 +132,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         warnings=tuple(_warnings(recipe, policy, len(dataset))),
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
-    if place.rank == 0:
-        folder.check(plan)
+    folder.check(plan)
     return Prepared(plan, policy, batch, dataset, codec, device, folder)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.base.errors import EXIT_BAD_INPUT, TrainingFailure, UserError
+from dsmoe.base.errors import EXIT_BAD_INPUT, ConfigError, TrainingFailure, UserError
 from dsmoe.base.plan import Plan, describe
 from dsmoe.base.run_folder import Lease, RunFolder, rejected_run_folder
 from dsmoe.checkpoint.weights import Weights, new_model, save_weights
+from dsmoe.data.dataset import FaultReporter, ImageDataset
 from dsmoe.data.loader import Batch, BatchLoader
 from dsmoe.data.order import BatchLayout, SampleOrder
 from dsmoe.diffusion.objective import Objective
@@ -48,7 +49,10 @@ def main(argv: list[str], description: str, environ: Mapping[str, str] = os.envi
         command = parse_command(argv, description)
         prepared = prepare(command, place)
     except UserError as error:
-        return refuse(error, place, command)
+        return refuse(error, place or environ, command)
+    except OSError as error:  # a path too long or not ours to look at; each room reports what it expects by itself
+        reason = f"cannot use {error.filename!r}: {error.strerror}; give another path or name."
+        return refuse(ConfigError(reason if error.filename else str(error)), place or environ, command)
     if command.plan_only:
         if place.rank == 0:
             print(describe(prepared.plan))
@@ -59,9 +63,13 @@ def main(argv: list[str], description: str, environ: Mapping[str, str] = os.envi
     return run(prepared, place)
 
 
-def refuse(error: UserError, place: LaunchPlace | None, command: Command | None) -> int:
-    """Rank 0 prints the line and leaves it in FAILED; every rank returns the bad-input code."""
-    if place is None or place.rank == 0:
+def refuse(error: UserError, place: LaunchPlace | Mapping[str, str], command: Command | None) -> int:
+    """Rank 0 prints the line and leaves it in FAILED; every rank returns the bad-input code.
+
+    place: or the environment, when that is what was refused.
+    """
+    rank = place.rank if isinstance(place, LaunchPlace) else distributed.stated_rank(place)
+    if rank == 0:
         line = one_line(error)
         print(line, file=sys.stderr, flush=True)
         recipe = command.recipe if command else "command"
@@ -71,31 +79,32 @@ def refuse(error: UserError, place: LaunchPlace | None, command: Command | None)
 
 def run(prepared: Prepared, place: LaunchPlace) -> int:
     """Train a prepared plan. Whatever goes wrong is recorded in FAILED by the rank that met it."""
-    folder = prepared.folder
+    folder, lease = prepared.folder, None
     try:
         distributed.initialize(
             place, prepared.device, timedelta(minutes=prepared.policy.block.timeout_minutes)
         )
         skip_shm_op()
-        lease = _open_folder(prepared)
-        distributed.barrier()
+        lease = _shared_lease(_open_folder(prepared), folder)
         logging.attach_run_folder(folder.path, place.rank)
         _announce(prepared.plan, folder)
         _run_all(prepared, lease)
     except UserError as error:
-        return _failed(folder, one_line(error), EXIT_BAD_INPUT)
+        return _failed(folder, lease, one_line(error), EXIT_BAD_INPUT)
     except TrainingFailure as error:
-        return _failed(folder, f"dsmoe: {error}", EXIT_FAILED)
+        return _failed(folder, lease, f"dsmoe: {error}", EXIT_FAILED)
     except Exception as error:
         logging.get_logger().error("%s", traceback.format_exc())
-        return _failed(folder, f"dsmoe: {type(error).__name__}: {error}".splitlines()[0], EXIT_FAILED)
+        return _failed(folder, lease, f"dsmoe: {type(error).__name__}: {error}".splitlines()[0], EXIT_FAILED)
     distributed.shutdown()
     return 0
 
 
-def _failed(folder: RunFolder, line: str, code: int) -> int:
+def _failed(folder: RunFolder, lease: Lease | None, line: str, code: int) -> int:
+    """The first rank's line stays in FAILED; a job that was taken over leaves the folder alone."""
     logging.get_logger().error("%s", line)
-    folder.record_failure(line)
+    if lease is None or lease.is_current():
+        folder.record_failure(line, replace=lease is None)
     distributed.shutdown(failed=True)
     return code
 
@@ -105,6 +114,11 @@ def _open_folder(prepared: Prepared) -> Lease:
     return prepared.folder.create(prepared.plan)
 
 
+def _shared_lease(lease: Lease | None, folder: RunFolder) -> Lease:
+    """Rank 0's lease on every rank; returns once rank 0 has made the folder."""
+    return Lease(folder, *distributed.broadcast_object(lease and [lease.generation, lease.holder]))
+
+
 @distributed.on_main
 def _announce(plan: Plan, folder: RunFolder) -> None:
     for line in describe(plan).splitlines():
@@ -112,7 +126,7 @@ def _announce(plan: Plan, folder: RunFolder) -> None:
     logging.get_logger().info("run folder %s", folder.path)
 
 
-def _run_all(prepared: Prepared, lease: Lease | None) -> None:
+def _run_all(prepared: Prepared, lease: Lease) -> None:
     plan, device = prepared.plan, prepared.device.torch_device
     prepared.codec.to(device)
     batches = _batches(prepared, device)
@@ -138,6 +152,7 @@ def _run_all(prepared: Prepared, lease: Lease | None) -> None:
         device=device,
     )
     train(training)
+    _report_damage(prepared.dataset)
     _finish(prepared, training, lease)
 
 
@@ -205,7 +220,19 @@ def _engine(prepared: Prepared, device: torch.device) -> Engine:
     )
 
 
-def _finish(prepared: Prepared, training: Training, lease: Lease | None) -> None:
+def _report_damage(dataset: ImageDataset) -> None:
+    """Say how many files were skipped on all ranks together, and the first names."""
+    if not isinstance(dataset, FaultReporter):
+        return
+    met = torch.zeros(len(dataset), dtype=torch.uint8)
+    met[[fault.item for fault in dataset.faults]] = 1
+    items = distributed.all_reduce_(met, "max").nonzero().flatten().tolist()
+    if items and distributed.is_main():
+        first = ", ".join(dataset.name(i) for i in items[:5])
+        logging.get_logger("data").warning("skipped %d damaged images, the first: %s", len(items), first)
+
+
+def _finish(prepared: Prepared, training: Training, lease: Lease) -> None:
     """Export weights, draw the last sheet and the loss plot, mark the run DONE, say what to do next."""
     plan, folder = prepared.plan, prepared.folder
     seen = plan.recipe.train.steps * plan.recipe.train.global_batch

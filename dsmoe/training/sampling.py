@@ -7,11 +7,9 @@ import torch
 from dsmoe.base.plan import Plan
 from dsmoe.checkpoint.weights import Weights, build_model
 from dsmoe.codec.protocol import Codec
-from dsmoe.diffusion.schedules import make_schedule
-from dsmoe.models.dit import DiT
 from dsmoe.runtime import distributed
-from dsmoe.runtime.logging import Progress, get_logger
-from dsmoe.tasks.class_sampling import Sampling, generate
+from dsmoe.runtime.logging import get_logger
+from dsmoe.tasks.class_sampling import draw_shared, sampling_of
 from dsmoe.tasks.pictures import grid, save_png
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine, gather_full
@@ -41,7 +39,13 @@ class SampleSheets:
         model = build_model(weights, self._device)
         labels = torch.arange(report.samples) % model_facts.num_classes
         images = draw_shared(
-            model, self._plan, self._codec, labels, sampling_of(self._plan), self._device
+            model,
+            self._plan,
+            self._codec,
+            labels,
+            torch.arange(report.samples),
+            sampling_of(self._plan),
+            device=self._device,
         )
         path = self._folder / f"images-{weights.images_seen:09d}.png"
         self._save(images, labels.tolist(), path)
@@ -59,41 +63,3 @@ def full_weights(plan: Plan, engine: Engine, ema: Ema | None, images_seen: int) 
     fragments = engine.fragments() if ema is None else ema.fragments
     state = gather_full(fragments, engine.shapes(), replicated=engine.stage == 0)
     return Weights(state, plan, images_seen, "model" if ema is None else "ema")
-
-
-def sampling_of(plan: Plan) -> Sampling:
-    """The plan's own way of drawing, as its sample sheets use it."""
-    report = plan.recipe.report
-    return Sampling(
-        steps=report.sample_steps,
-        guidance=report.guidance,
-        cfg_channels=report.cfg_channels,
-        seed=plan.recipe.train.seed,
-    )
-
-
-def draw_shared(
-    model: DiT, plan: Plan, codec: Codec, labels: torch.Tensor, sampling: Sampling, device: torch.device
-) -> torch.Tensor:
-    """uint8 [N, 3, H, W] on every rank's CPU for labels [N]: each rank draws every world_size-th image."""
-    world = distributed.world_size()
-    count = len(labels)
-    padded = torch.arange(-(-count // world) * world) % count  # equal shares, so that all ranks meet
-    mine = padded[distributed.rank() :: world]
-    progress = Progress("sampling", len(padded), "images")
-    images = generate(
-        model,
-        codec,
-        make_schedule(plan.recipe.diffusion.schedule, plan.recipe.diffusion.timesteps),
-        labels[mine].to(device),
-        mine.to(device),
-        sampling,
-        latent_side=plan.model.input_size,
-        null_class=plan.model.num_classes,
-        prediction=plan.recipe.diffusion.prediction,
-        learned_variance=plan.model.learn_sigma,
-        progress=lambda n: progress.update(n * world),
-    )
-    progress.finish()
-    parts = distributed.all_gather_tensor(images)
-    return torch.stack(parts, 1).flatten(0, 1)[:count]

@@ -9,6 +9,7 @@ import torch
 
 from dsmoe.base.plan import Plan
 from dsmoe.base.run_folder import Lease
+from dsmoe.moe.statistics import dead_experts, load_entropy, load_imbalance
 from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.logging import get_logger
@@ -16,7 +17,6 @@ from dsmoe.training.health import check_finite
 
 FIELDS = ("loss", "mse", "vb", "balance", "z_loss", "bad_gradient", "grad_norm", "data_seconds")
 MEANS = ("loss", "mse", "vb", "balance", "z_loss", "grad_norm")
-DEAD_SHARE = 0.01  # an expert below this share of its even load counts as dead
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Telemetry:
         ranks = [dict(zip(FIELDS, row, strict=True)) for row in report.figures.tolist()]
         row = {name: sum(r[name] for r in ranks) / len(ranks) for name in FIELDS}
         check_finite(
-            report.step,
+            report.step + 1,
             [r["loss"] for r in ranks],
             [r["bad_gradient"] for r in ranks],
             row["grad_norm"],
@@ -136,13 +136,11 @@ class Telemetry:
 
 
 def _routing(load: torch.Tensor) -> dict[str, object]:
-    """Shares [L, E] of the choices as figures: per-layer entropy (1 = even) and dead experts by layer."""
-    experts = load.shape[1]
-    entropy = -(load * load.clamp_min(1e-12).log()).sum(1) / torch.tensor(float(max(experts, 2))).log()
-    dead = (load < DEAD_SHARE / experts).nonzero().tolist()
+    """Shares [L, E] of the choices as figures: entropy (1 = even), the busiest expert, dead experts by layer."""
+    dead = dead_experts(load).nonzero().tolist()
     return {
-        "load_entropy": entropy.mean().item(),
-        "load_max_over_mean": (load.max(1).values * experts).max().item(),
+        "load_entropy": load_entropy(load).mean().item() if load.shape[1] > 1 else 1.0,
+        "load_max_over_mean": load_imbalance(load).max().item(),
         "dead_experts": len(dead),
         "dead": [f"layer {layer} expert {expert}" for layer, expert in dead],
     }

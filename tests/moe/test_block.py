@@ -350,7 +350,9 @@ def test_built_on_the_meta_device_and_materialised():
     with torch.device("meta"):
         moe = MoE(ModelSpec(depth=1, dim=8, heads=1, num_experts=4))
     assert all(p.is_meta for p in moe.parameters())
-    assert moe.to_empty(device="cpu").previous_load.shape == (4,)
+    moe.to_empty(device="cpu").previous_load.fill_(float("nan"))
+    moe.reset_parameters()
+    assert moe.previous_load.tolist() == [0.25] * 4
 
 
 def test_gate_gradient_flows_through_the_gates_alone():

@@ -14,8 +14,9 @@ def test_entropy_imbalance_and_dead_experts():
     fourth = -sum(p * math.log(p) for p in (0.7, 0.2, 0.09, 0.01)) / math.log(4)
     assert math.isclose(entropy[3], fourth, rel_tol=1e-6)
     torch.testing.assert_close(statistics.load_imbalance(load), torch.tensor([1.0, 2.0, 4.0, 2.8]))
-    assert statistics.dead_experts(load).tolist() == [0, 2, 3, 1]
-    assert statistics.dead_experts(load, share=0.5).tolist() == [0, 2, 3, 2]
+    dead = statistics.dead_experts(load)
+    assert dead.nonzero().tolist() == [[1, 2], [1, 3], [2, 1], [2, 2], [2, 3], [3, 3]]
+    assert statistics.dead_experts(load, share=0.5).sum(-1).tolist() == [0, 2, 3, 2]
 
 
 def test_load_by_group_is_the_mean_of_each_group():

@@ -102,9 +102,9 @@ d.barrier()
 if place.rank == 0:
     started = time.monotonic()
     d.shutdown(failed=True)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 2
 else:
-    time.sleep(3)
+    time.sleep(5)
     d.shutdown(failed=True)
 """
     assert_succeeded(launch([_script(tmp_path, body)], world_size=2, timeout=60))

@@ -1,0 +1,114 @@
+"""Whole runs of the launcher on two CPU processes: what a run folder holds afterwards, and how runs end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_harness import assert_succeeded, launch
+from PIL import Image
+
+from dsmoe.checkpoint.weights import build_model, load_weights
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "codec.name=none", "model.preset=nano-4E2A", "model.depth=2", "model.dim=32", "model.heads=2", "model.patch=4",
+    "train.global_batch=8", "optimizer.warmup_images=16", "report.log_every=16", "report.samples=6",
+    "report.sample_steps=3", "ema.half_life_images=20",
+]  # fmt: skip
+
+
+def engine(tmp_path, stage, block=(), **more):
+    """A ds_config file of this ZeRO stage."""
+    config = {"dsmoe": {"about": "test", **dict(block)}, "zero_optimization": {"stage": stage}, **more}
+    path = tmp_path / f"zero{stage}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def run(config, folder, *overrides, world=2):
+    argv = [ROOT / "launchers/pretrain.py", "--deepspeed_config", config, "--run", folder, *TINY, *overrides]
+    return launch(argv, world, timeout=150)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_zero3_bf16_run_leaves_a_whole_run_folder_and_repeats_as_done(tmp_path):
+    config = engine(
+        tmp_path, 3, {"activation_checkpointing": True},
+        bf16={"enabled": True}, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    science = ("data.resolution=32", "data.size=32", "train.images=160", "report.sample_every=80")
+    folder = tmp_path / "run"
+    assert_succeeded(run(config, folder, *science))
+
+    rows = records(folder)
+    assert [r["images_seen"] for r in rows] == [8, 16, *range(32, 161, 16)]
+    assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 and 0 <= r["data_share"] <= 1 for r in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {p.name for p in (folder / "samples").iterdir()} == {"images-000000080.png", "images-000000160.png"}
+    assert json.loads((folder / "DONE").read_text())["images_seen"] == 160
+    assert not (folder / "FAILED").exists()
+    assert list((folder / "tb").iterdir())
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert {p.name for p in (folder / "logs").iterdir()} == {"rank00000.log", "rank00001.log"}
+
+    average, last = (load_weights(folder / "ckpt" / f"{kind}.safetensors") for kind in ("ema", "model"))
+    model = build_model(average)
+    out, _ = model(torch.zeros(1, 3, 32, 32), torch.tensor([5.0]), torch.tensor([1]))
+    assert torch.isfinite(out).all()
+    assert out.abs().max() > 0, "the output layer starts at zero; training must have moved it"
+    assert any(not torch.equal(average.state[n], last.state[n]) for n in average.state)
+    assert all(t.dtype == torch.float32 for t in average.state.values())
+
+    again = run(config, folder, *science)
+    assert_succeeded(again)
+    assert "is DONE" in again[0].stderr
+    assert records(folder) == rows
+
+
+def photos(folder, classes=3, each=6, broken=0):
+    """A class folder of smooth random pictures, `broken` of them damaged."""
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        (folder / f"class{c}").mkdir(parents=True)
+        for i in range(each):
+            small = rng.integers(0, 255, (5, 6, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((60, 50)).save(folder / f"class{c}" / f"{i}.png")
+    for i in range(broken):
+        (folder / "class0" / f"{i}.png").write_bytes(b"not a picture")
+    return folder
+
+
+def test_image_folder_with_loader_processes_trains_and_names_skipped_files(tmp_path):
+    path = photos(tmp_path / "photos", broken=1)
+    folder = tmp_path / "run"
+    config = engine(tmp_path, 2, {"data_workers": 1})
+    results = run(
+        config, folder, "data.source=image_folder", f"data.path={path}", "data.size=null", "data.resolution=32",
+        "data.max_bad_fraction=0.5", "codec.cache=none", "train.images=96",
+    )  # fmt: skip
+    assert_succeeded(results)
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["data"] == {"items": 18, "class_names": ["class0", "class1", "class2"]}
+    assert "skipped 1 damaged images, the first: class0/0.png" in results[0].stderr
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_too_many_damaged_files_end_the_run_with_the_reason(tmp_path, cache):
+    path = photos(tmp_path / "photos", classes=2, each=24, broken=20)
+    folder = tmp_path / "run"
+    results = run(
+        engine(tmp_path, 1), folder, "data.source=image_folder", f"data.path={path}", "data.size=null",
+        "data.resolution=32", f"codec.cache={cache}", "train.images=480",
+    )  # fmt: skip
+    assert 2 in [r.returncode for r in results]
+    assert all(r.returncode != 0 for r in results)
+    line = (folder / "FAILED").read_text()
+    assert "class0/" in line
+    assert "data.max_bad_fraction" in line
+    assert not (folder / "DONE").exists()
