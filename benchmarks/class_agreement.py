@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int:
     add_sampling_options(parser)
     parser.add_argument("--samples", type=int, default=512, metavar="N", help="generated images (default 512)")
     parser.add_argument("--held-out", type=int, default=2048, metavar="N", help="real validation scenes (default 2048)")
-    parser.add_argument(
-        "--classifier", type=Path, default=scenes_classifier.WEIGHTS, metavar="FILE", help="default: the committed one"
-    )
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="default: the committed one; --train needs it")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="report with confusion tables")
     parser.add_argument("--require", type=float, metavar="RATIO", help="exit 1 when lower bound < RATIO x chance")
     parser.add_argument("--train", action="store_true", help="train the classifier anew into --classifier and stop")
@@ -51,13 +49,14 @@ def judge(options: argparse.Namespace, device: Device) -> int:
     if options.checkpoint is None:
         raise ConfigError("--checkpoint is missing; give a run folder or a .safetensors file.")
     _positive(options.held_out, "--held-out")
-    classifier, notes = scenes_classifier.load_classifier(options.classifier)
+    judge_file = options.classifier or scenes_classifier.WEIGHTS
+    classifier, notes = scenes_classifier.load_classifier(judge_file)
     trained = open_trained(options.checkpoint, device)
     plan = trained.plan
     if plan.data.class_names != classifier.class_names:
         raise ConfigError(
             f"{trained.path} was trained on {plan.recipe.data.source} with other classes than the scenes' that "
-            f"{options.classifier} knows; class agreement needs weights trained on data.source=scenes."
+            f"{judge_file} knows; class agreement needs weights trained on data.source=scenes."
         )
     sampling = choose_sampling(plan, options)
     labels = balanced_labels(options.samples, plan.model.num_classes)
@@ -133,6 +132,8 @@ def train(options: argparse.Namespace, device: Device) -> int:
     _positive(options.epochs, "--epochs")
     _positive(options.held_out, "--held-out")
     _positive(options.scenes, "--scenes")
+    if options.classifier is None:
+        raise ConfigError("--train needs --classifier FILE.safetensors, where to write.")
     check_output(options.classifier, "--classifier", ".safetensors")
     names = Scenes("train", scenes_classifier.SIDE).class_names
     get_logger().info("rendering %d training and %d validation scenes", options.scenes, options.held_out)

@@ -19,21 +19,13 @@ _LABELLED = 4  # one label picture (depth, flow, object, mask) for each four pho
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--images", type=int, help="pictures to train on (repeatable result)")
     length.add_argument("--minutes", type=float, help="wall minutes to train for instead (not repeatable)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/codec"), help="folder of weights, state and log"
-    )
-    parser.add_argument(
-        "--resolution", type=int, default=64, help="side; one in four steps uses twice this side"
-    )
-    parser.add_argument(
-        "--scenes", type=int, default=16384, help="scenes rendered at that side, before training"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/codec"), help="folder of weights, state and log")
+    parser.add_argument("--resolution", type=int, default=64, help="side; one in four steps uses twice this side")
+    parser.add_argument("--scenes", type=int, default=16384, help="scenes rendered at that side, before training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     options = parser.parse_args(argv)

@@ -105,7 +105,9 @@ class Plan:
                 warnings=tuple(tree["warnings"]),
             )
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"plan lacks or misnames an entry ({error}); the file is not a dsmoe plan.") from error
+            raise CheckpointError(
+                f"plan lacks or misnames an entry ({error}); the file is not a dsmoe plan."
+            ) from error
 
 
 def describe(plan: Plan) -> str:
@@ -113,18 +115,36 @@ def describe(plan: Plan) -> str:
     recipe, engine, model = plan.recipe, plan.engine, plan.model
     spec = recipe.model
     kind = f"DiT-MoE {spec.num_experts}E{spec.top_k}A {spec.expert_kind}" if spec.is_moe else "DiT"
+    data, train, side = recipe.data, recipe.train, model.input_size
+    shape = f"{model.in_channels}x{side}x{side}"
+    epochs = train.images / max(plan.data.items, 1)
+    extras = [", activation checkpointing"] * engine.activation_checkpointing + [", offload"] * engine.offload
     rows = [
         ("recipe", f"{recipe.name} ({recipe.description})" if recipe.description else recipe.name),
         ("science hash", plan.science_hash),
         ("model", f"{kind}, depth {spec.depth}, dim {spec.dim}, heads {spec.heads}, patch {spec.patch}"),
         ("parameters", f"{model.parameters:,} total, {model.active_parameters:,} active a token"),
-        ("forward MACs", f"{model.macs / 1e9:.4g} G an image ({model.in_channels}x{model.input_size}x{model.input_size} input)"),
-        ("data", f"{recipe.data.source}, {plan.data.items:,} images, {plan.data.num_classes} classes, {recipe.data.resolution} px"),
-        ("codec", f"{plan.codec['name']}, factor {plan.codec['factor']}, scale {plan.codec['scale']}, cache {recipe.codec.cache}"),
-        ("batch", f"{recipe.train.global_batch} = {engine.micro_batch} a rank x {engine.accumulation} accumulated x {engine.world_size} ranks"),
-        ("length", f"{recipe.train.images:,} images = {recipe.train.steps:,} steps = {recipe.train.images / max(plan.data.items, 1):.2f} epochs"),
-        ("engine", f"ZeRO-{engine.zero_stage}, {engine.precision}, {engine.optimizer}, expert parallel {engine.expert_parallel_size}"
-                   f"{', activation checkpointing' if engine.activation_checkpointing else ''}{', offload' if engine.offload else ''}"),
+        ("forward MACs", f"{model.macs / 1e9:.4g} G an image ({shape} input)"),
+        (
+            "data",
+            f"{data.source}, {plan.data.items:,} images, {plan.data.num_classes} classes, {data.resolution} px",
+        ),
+        (
+            "codec",
+            f"{plan.codec['name']}, factor {plan.codec['factor']}, scale {float(plan.codec['scale']):.5g}, "
+            f"cache {recipe.codec.cache}",
+        ),
+        (
+            "batch",
+            f"{train.global_batch} = {engine.micro_batch} a rank x {engine.accumulation} accumulated x "
+            f"{engine.world_size} ranks",
+        ),
+        ("length", f"{train.images:,} images = {train.steps:,} steps = {epochs:.2f} epochs"),
+        (
+            "engine",
+            f"ZeRO-{engine.zero_stage}, {engine.precision}, {engine.optimizer}, expert parallel "
+            f"{engine.expert_parallel_size}{''.join(extras)}",
+        ),
         ("ds_config", f"{engine.ds_config} ({engine.about})"),
     ]
     rows += [(key, str(value)) for key, value in plan.schedule.items()]

@@ -90,9 +90,7 @@ class RunFolder:
                 )
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            raise ConfigError(
-                f"run folder {self.path} cannot be used ({reason}); give another --run."
-            ) from error
+            raise ConfigError(f"run folder {self.path} cannot be used ({reason}); give another --run.") from error
         if known:
             self._compare(plan)
 

@@ -38,9 +38,7 @@ class _Block(nn.Module):
         return torch.relu(self.conv(x) + x)
 
 
-def _conv(
-    channels_in: int = _WIDTH, channels_out: int = _WIDTH, stride: int = 1, bias: bool = True
-) -> nn.Conv2d:
+def _conv(channels_in: int = _WIDTH, channels_out: int = _WIDTH, stride: int = 1, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
 
 

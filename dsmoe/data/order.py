@@ -66,9 +66,7 @@ class BatchLayout:
         return self.global_batch // (self.world_size * self.micro_batch)
 
 
-def micro_batch(
-    step: int, accumulation_index: int, rank: int, world: int, micro: int, global_batch: int
-) -> Tensor:
+def micro_batch(step: int, accumulation_index: int, rank: int, world: int, micro: int, global_batch: int) -> Tensor:
     """int64 [micro] sample indices of one rank's micro-batch.
 
     They are the slots accumulation_index*world*micro + rank*micro + j of the step's global batch.

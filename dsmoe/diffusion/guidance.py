@@ -25,9 +25,7 @@ def classifier_free(
     conditional half. Result in x's work precision (fp32 or fp64). ConfigError: channels not "all" or above 0.
     """
     if channels != "all" and (isinstance(channels, (str, bool)) or channels < 1):
-        raise ConfigError(
-            f"cfg_channels is {channels!r}; give 'all' or a count of at least 1 (published DiT: 3)."
-        )
+        raise ConfigError(f"cfg_channels is {channels!r}; give 'all' or a count of at least 1 (published DiT: 3).")
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         labels = y.to(x.device)

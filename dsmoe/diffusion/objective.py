@@ -155,13 +155,9 @@ class Objective:
         return Reverse(self._posterior_mean(x0, x_t, t), self.log_variance(raw, x_t, t), x0)
 
     def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return (
-            gather(self.schedule.posterior_x0, t, x_t) * x0 + gather(self.schedule.posterior_xt, t, x_t) * x_t
-        )
+        return gather(self.schedule.posterior_x0, t, x_t) * x0 + gather(self.schedule.posterior_xt, t, x_t) * x_t
 
-    def training_loss(
-        self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
-    ) -> LossTerms:
+    def training_loss(self, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
         """mean((y - y_hat)^2) + vb per sample, in fp32 (fp64 when x0 is); contracts 2.1.10.
 
         model_output [B, C or 2C, ...] of any float dtype; x0, x_t, noise [B,C,...]; t int64 [B].
@@ -175,9 +171,7 @@ class Objective:
         vb = self._variational_bits(prediction.detach(), raw, x0, x_t, t)
         return LossTerms(mse + vb, mse, vb)
 
-    def _variational_bits(
-        self, prediction: Tensor, raw: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor
-    ) -> Tensor:
+    def _variational_bits(self, prediction: Tensor, raw: Tensor | None, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """One term of the variational bound, [B], bits per element (DDPM eq. 5; IDDPM section 3.1)."""
         x0, x_t = x0.to(work_dtype(x0)), x_t.to(work_dtype(x0))
         x0_hat = self.denoise(prediction, x_t, t)

@@ -218,9 +218,7 @@ def spaced_timesteps(total: int, steps: int, spacing: str, steps_offset: int = 0
     if not 1 <= steps <= total:
         raise ConfigError(f"sampling steps is {steps}; a schedule of {total} steps allows 1..{total}.")
     if steps_offset and spacing != "leading":
-        raise ConfigError(
-            f"steps_offset is {steps_offset} with spacing {spacing!r}; only 'leading' takes one."
-        )
+        raise ConfigError(f"steps_offset is {steps_offset} with spacing {spacing!r}; only 'leading' takes one.")
     if spacing == "leading":
         chosen = [i * (total // steps) + steps_offset for i in range(steps)]
         if chosen[0] < 0 or chosen[-1] >= total:

@@ -163,7 +163,7 @@ def _offloaded(path: str, zero: dict, key: str) -> bool:
         return False
     device = block.get("device")
     if device not in ("none", "cpu"):
-        _fail(path, f"'zero_optimization.{key}.device' is {json.dumps(device)}; choose \"none\" or \"cpu\".")
+        _fail(path, f'\'zero_optimization.{key}.device\' is {json.dumps(device)}; choose "none" or "cpu".')
     if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
         needed = "3" if key == "offload_param" else "1, 2 or 3"
         _fail(path, f"'zero_optimization.{key}' needs stage {needed}, and stage is {zero['stage']}.")

@@ -28,8 +28,13 @@ class MoE(nn.Module):
         self.experts = Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
         self.shared_experts = SharedExpert(spec.dim, spec.shared_hidden) if spec.shared_hidden else None
         # Converted last: under zero.Init every constructor, whatever its dtype argument, returns the run's bf16.
-        load = torch.ones(spec.num_experts).to(torch.float32) / spec.num_experts
+        load = torch.ones(spec.num_experts).to(torch.float32)
         self.register_buffer("previous_load", load, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A uniform previous load; the parameters are the children's own (`DiT.initialize` comes here too)."""
+        self.previous_load.fill_(1.0 / self.previous_load.numel())
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
         """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together."""

@@ -121,9 +121,7 @@ def latent_bytes(num_items: int, resolution: int, codec: Codec, flip: bool) -> i
     return num_items * codec.channels * side * side * 4 * 2 * (2 if flip else 1)
 
 
-def check_budget(
-    num_items: int, resolution: int, codec: Codec, flip: bool, budget: int = DEFAULT_BUDGET
-) -> None:
+def check_budget(num_items: int, resolution: int, codec: Codec, flip: bool, budget: int = DEFAULT_BUDGET) -> None:
     """ConfigError when the latents of a data set would take more than `budget` bytes in each process."""
     needed = latent_bytes(num_items, resolution, codec, flip)
     if needed > budget:
@@ -159,9 +157,7 @@ def encode_dataset(
     mean = torch.zeros(share, views, codec.channels, side, side)
     std = torch.zeros_like(mean)
     facts = torch.zeros(share, 2, dtype=torch.int64)  # label, and 1 where damaged
-    wanted = [
-        Request(part, part, torch.zeros_like(part, dtype=torch.bool)) for part in mine.split(batch_size)
-    ]
+    wanted = [Request(part, part, torch.zeros_like(part, dtype=torch.bool)) for part in mine.split(batch_size)]
     start, done = time.monotonic(), 0
     for read in read_batches(dataset, wanted if len(mine) else [], workers=workers):
         here = slice(done, done + len(read.batch.items))

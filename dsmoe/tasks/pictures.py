@@ -15,7 +15,8 @@ def grid(images: np.ndarray, captions: list[str], columns: int) -> Image.Image:
 
     Small images are enlarged by a whole factor without smoothing, so that their pixels stay visible.
     """
-    assert len(images) == len(captions) and columns >= 1
+    assert len(images) == len(captions), (len(images), len(captions))
+    assert columns >= 1, columns
     side = images.shape[1]
     zoom = max(1, round(SMALLEST_TILE / side))
     tile = side * zoom

@@ -14,9 +14,7 @@ class Ema:
     def __init__(self, engine: Engine, decay: float) -> None:
         self.decay = decay
         self._engine = engine
-        self.fragments = [
-            Fragment(f.name, f.shape, f.offset, f.tensor.clone()) for f in engine.fragments()
-        ]
+        self.fragments = [Fragment(f.name, f.shape, f.offset, f.tensor.clone()) for f in engine.fragments()]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -1,11 +1,14 @@
 """AdamW in the implementation that the machine offers, and the learning rate as a function of images seen."""
 
 import importlib.util
+import os
 
 import torch
 
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.recipe import OptimizerSpec
+from dsmoe.runtime import extension_cache
+from dsmoe.runtime.logging import get_logger
 
 
 def choose_implementation(requested: str, *, device_type: str, offload: bool) -> str:
@@ -29,6 +32,9 @@ def build_optimizer(
     if implementation == "cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        # Its extension is compiled at first use, behind a lock on which torch waits for ever.
+        cache = extension_cache.use_own_folder(os.environ)
+        extension_cache.wait_until_loadable(cache, "cpu_adam", on_wait=get_logger("optimizer").info)
         return DeepSpeedCPUAdam(group, adamw_mode=True, **settings)
     if implementation == "apex":
         from apex.optimizers import FusedAdam

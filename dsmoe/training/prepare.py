@@ -61,12 +61,13 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_command(argv: list[str], description: str) -> Command:
     """The launcher's arguments; ConfigError (never argparse's own exit) on a mistake."""
-    parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", metavar="FILE", help="engine policy, such as ds_configs/quickstart.json")
     parser.add_argument(
-        "--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="the science (python -m dsmoe recipes lists names)"
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        metavar="NAME|FILE",
+        help="the science (python -m dsmoe recipes lists names)",
     )
     parser.add_argument("--run", metavar="DIR", help="run folder (default runs/<recipe>-<science hash>)")
     parser.add_argument("--plan", action="store_true", help="print the resolved plan and stop")
@@ -180,10 +181,12 @@ def _end_points(recipe: Recipe) -> dict[str, str]:
     optimizer, images = recipe.optimizer, recipe.train.images
     rates = [learning_rate(optimizer, n, images) for n in (0, optimizer.warmup_images, images)]
     decay = recipe.ema.step_decay(recipe.train.global_batch)
+    variance = "learned variance range" if recipe.diffusion.learn_sigma else "fixed variance"
     return {
-        "objective": f"{recipe.diffusion.prediction}, {'learned variance range' if recipe.diffusion.learn_sigma else 'fixed variance'}",
+        "objective": f"{recipe.diffusion.prediction}, {variance}",
         "noise schedule": f"{recipe.diffusion.schedule}, alpha_bar {alpha_bar[0]:.6g} .. {alpha_bar[-1]:.3g}",
-        "learning rate": f"{rates[0]:g} -> {rates[1]:g} at {optimizer.warmup_images:,} images -> {rates[2]:g} ({optimizer.schedule})",
+        "learning rate": f"{rates[0]:g} -> {rates[1]:g} at {optimizer.warmup_images:,} images -> {rates[2]:g} "
+        f"({optimizer.schedule})",
         "EMA decay": f"{decay:.6f} a step, {decay**recipe.train.steps:.2g} of the start left at the end",
     }
 
@@ -216,7 +219,9 @@ def _warnings(recipe: Recipe, policy: EnginePolicy, items: int) -> list[str]:
     if recipe.balance.scope == "micro" and recipe.model.is_moe:
         found.append("balance.scope micro depends on layout: results change with ranks and micro-batch.")
     if recipe.codec.cache == "none" and recipe.data.source == "scenes" and recipe.train.images > 4 * items:
-        found.append(f"images are rendered and encoded {recipe.train.images // items} times; codec.cache=memory does it once.")
+        found.append(
+            f"images are rendered and encoded {recipe.train.images // items} times; codec.cache=memory does it once."
+        )
     if policy.offload_parameters and policy.stage == 3:
         found.append("parameters are offloaded to the CPU: every layer's weights cross the host link each pass.")
     return found

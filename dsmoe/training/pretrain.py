@@ -81,9 +81,7 @@ def run(prepared: Prepared, place: LaunchPlace) -> int:
     """Train a prepared plan. Whatever goes wrong is recorded in FAILED by the rank that met it."""
     folder, lease = prepared.folder, None
     try:
-        distributed.initialize(
-            place, prepared.device, timedelta(minutes=prepared.policy.block.timeout_minutes)
-        )
+        distributed.initialize(place, prepared.device, timedelta(minutes=prepared.policy.block.timeout_minutes))
         skip_shm_op()
         lease = _shared_lease(_open_folder(prepared), folder)
         logging.attach_run_folder(folder.path, place.rank)
@@ -269,5 +267,3 @@ def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path, seconds: fl
         f"next         python launchers/sample.py --checkpoint {weights} --classes all",
     ):
         logging.get_logger().info("%s", line)
-
-

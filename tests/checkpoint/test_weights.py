@@ -101,7 +101,9 @@ def test_unusable_files_are_one_clear_line(kind, weights, tmp_path):
         save_file({"a": torch.zeros(2)}, path)
     elif kind == "other format":
         tree = {**weights.plan.to_dict(), "format": 99}
-        save_file({"a": torch.zeros(2)}, path, metadata={"dsmoe_plan": json.dumps(tree), "images_seen": "0", "kind": "ema"})
+        save_file(
+            {"a": torch.zeros(2)}, path, metadata={"dsmoe_plan": json.dumps(tree), "images_seen": "0", "kind": "ema"}
+        )
     with pytest.raises(CheckpointError) as caught:
         load_weights(path)
     assert "\n" not in str(caught.value)

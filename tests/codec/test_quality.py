@@ -34,7 +34,5 @@ def test_batches_do_not_matter() -> None:
             return latents * 0.9
 
     images = torch.rand(5, 3, 8, 8) * 2 - 1
-    assert torch.equal(
-        reconstruction_psnr(Off(), images, batch=2), reconstruction_psnr(Off(), images, batch=5)
-    )
+    assert torch.equal(reconstruction_psnr(Off(), images, batch=2), reconstruction_psnr(Off(), images, batch=5))
     assert reconstruction_psnr(Off(), images).shape == (5,)

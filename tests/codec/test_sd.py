@@ -178,9 +178,7 @@ def test_offline_hub_id_says_what_to_do(tmp_path: Path, repo_root: Path) -> None
         "HF_HOME": str(tmp_path),
         "PYTHONPATH": str(repo_root),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     lines = [line for line in done.stdout.splitlines() if line.startswith("SAID")]
     assert len(lines) == 1, done.stderr
     assert "stabilityai/sd-vae-ft-ema" in lines[0]

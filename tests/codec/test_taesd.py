@@ -16,9 +16,7 @@ from dsmoe.codec.taesd import DECODER_FILE, ENCODER_FILE, TaesdCodec
 
 # The published layout, written out: index -> (kind, channels out, channels in).
 _ENCODER = {0: "3", 2: "s", 6: "s", 10: "s", 14: "4"} | dict.fromkeys((1, 3, 4, 5, 7, 8, 9, 11, 12, 13), "b")
-_DECODER = {1: "4", 7: "s", 12: "s", 17: "s", 19: "3"} | dict.fromkeys(
-    (3, 4, 5, 8, 9, 10, 13, 14, 15, 18), "b"
-)
+_DECODER = {1: "4", 7: "s", 12: "s", 17: "s", 19: "3"} | dict.fromkeys((3, 4, 5, 8, 9, 10, 13, 14, 15, 18), "b")
 
 
 def _shapes(layout: dict[int, str], encoder: bool) -> dict[str, list[int]]:

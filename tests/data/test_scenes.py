@@ -87,9 +87,7 @@ def test_same_scene_in_any_order_instance_and_process(repo_root):
         "import zlib\nfrom dsmoe.data.scenes import Scenes\nd = Scenes('validation', 48)\n"
         "print([zlib.crc32(d.read(i)[0].tobytes()) for i in range(24)])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(sums)
 
 

@@ -115,9 +115,7 @@ def test_flow_is_the_pinhole_projection(frames):
 
 
 def sample(image, u, v):
-    planes = [
-        map_coordinates(image[..., k].astype(np.float64), [v, u], order=1, mode="nearest") for k in range(3)
-    ]
+    planes = [map_coordinates(image[..., k].astype(np.float64), [v, u], order=1, mode="nearest") for k in range(3)]
     return np.stack(planes, -1)
 
 

@@ -80,9 +80,7 @@ def test_scale_one_asks_once_and_undoubled_scale_zero_is_unconditional():
     assert [len(call[0]) for call in model.calls] == [2]
     assert torch.equal(got, Linear(8)(x, t, y))
     free = classifier_free(Linear(8), y, NULL, 0.0, "all")(x, t)
-    torch.testing.assert_close(
-        free[:, :4], Linear(8)(x, t, torch.full_like(y, NULL))[:, :4], rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(free[:, :4], Linear(8)(x, t, torch.full_like(y, NULL))[:, :4], rtol=1e-14, atol=0)
 
 
 def test_bf16_model_is_combined_in_fp32():
@@ -95,9 +93,7 @@ def test_bf16_model_is_combined_in_fp32():
     got = classifier_free(model, y, NULL, 3.0, "all")(x, t)
     both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, NULL)])).float()
     assert got.dtype == torch.float32
-    torch.testing.assert_close(
-        got[:, :4], both[2:, :4] + 3 * (both[:2, :4] - both[2:, :4]), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(got[:, :4], both[2:, :4] + 3 * (both[:2, :4] - both[2:, :4]), rtol=1e-6, atol=0)
     assert classifier_free(model, y, NULL, 1.0)(x, t).dtype == torch.float32
 
 

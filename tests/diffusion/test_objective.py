@@ -49,9 +49,7 @@ def test_kl_is_the_integral(m1, s1, m2, s2):
 @pytest.mark.parametrize("x", [-0.9, 0.0, 100 / 255])
 def test_bin_mass_is_the_integral_of_the_density(x, shift, sigma):
     mean = x - shift * sigma
-    mass, _ = integrate.quad(
-        lambda z: stats.norm.pdf(z, mean, sigma), x - 1 / 255, x + 1 / 255, epsabs=0, epsrel=1e-12
-    )
+    mass, _ = integrate.quad(lambda z: stats.norm.pdf(z, mean, sigma), x - 1 / 255, x + 1 / 255, epsabs=0, epsrel=1e-12)
     got = discretized_gaussian_nll(tensor(x), tensor(mean), tensor(2 * math.log(sigma)))
     assert got.item() == pytest.approx(-math.log(mass), rel=1e-9, abs=1e-12)
 
@@ -93,9 +91,7 @@ def test_far_tails_are_exact_in_fp32_with_finite_gradients(x):
             if b < 0 or (b + a < 0):
                 a, b = -b, -a
             with mpmath.workdps(60):
-                expected = float(
-                    -mpmath.log((mpmath.erfc(a / mpmath.sqrt(2)) - mpmath.erfc(b / mpmath.sqrt(2))) / 2)
-                )
+                expected = float(-mpmath.log((mpmath.erfc(a / mpmath.sqrt(2)) - mpmath.erfc(b / mpmath.sqrt(2))) / 2))
             log_variance = torch.tensor([2 * math.log(sigma)], requires_grad=True)
             got = discretized_gaussian_nll(torch.tensor([x]), torch.tensor([mean]), log_variance)
             # fp32 input rounding: relative 6e-8 of x, mean over a distance >= 0.4, doubled by the square.
@@ -152,12 +148,7 @@ def numpy_loss(output, x0, noise, t, betas):
                 return pull / precision
 
             gap = mean(clean) - mean(x0_hat)
-            kl = (
-                math.log(sigma)
-                - 0.5 * math.log(1 / precision)
-                + (1 / precision + gap**2) / (2 * sigma**2)
-                - 0.5
-            )
+            kl = math.log(sigma) - 0.5 * math.log(1 / precision) + (1 / precision + gap**2) / (2 * sigma**2) - 0.5
             terms.append(kl / math.log(2))
         mse.append(np.mean(errors))
         bits.append(np.mean(terms))
@@ -338,9 +329,7 @@ def test_one_bad_sample_does_not_poison_gradients_of_others():
     """A head gone wild at t > 0 stays finite, and the discarded t = 0 branch adds no NaN."""
     t = torch.tensor([0, 999, 1])
     x0, noise = draw(17, 3, 1, 2, 2).float(), draw(18, 3, 1, 2, 2).float()
-    output = torch.cat(
-        [noise * torch.tensor([1.0, 1e4, 1e4]).view(3, 1, 1, 1), torch.full_like(noise, 3.0)], 1
-    )
+    output = torch.cat([noise * torch.tensor([1.0, 1e4, 1e4]).view(3, 1, 1, 1), torch.full_like(noise, 3.0)], 1)
     output.requires_grad_(True)
     objective = Objective(make_schedule("cosine"))
     terms = objective.training_loss(output, x0, objective.corrupt(x0, t, noise), t, noise)

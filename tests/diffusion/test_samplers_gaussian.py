@@ -121,9 +121,7 @@ def exact_start(bar, t, x):
     return math.sqrt(bar[t]) * per_channel(MU) + per_channel(bar[t] * S2 + 1 - bar[t]).sqrt() * x
 
 
-@pytest.mark.parametrize(
-    ("name", "channels"), [("linear", [0, 1, 2]), ("cosine", [0, 1, 2]), ("scaled_linear", [1])]
-)
+@pytest.mark.parametrize(("name", "channels"), [("linear", [0, 1, 2]), ("cosine", [0, 1, 2]), ("scaled_linear", [1])])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 def test_ddim_variance_error_is_first_order(name, channels, spacing):
     """Measured slopes -0.88..-0.97 for linear and cosine, s^2 = 0.04..1.

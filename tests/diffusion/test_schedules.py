@@ -122,9 +122,7 @@ def test_first_posterior_is_a_point_and_its_log_variance_is_the_second_ones():
 
 def test_one_step_schedule_is_finite():
     schedule = respace(make_schedule("linear"), [999])
-    assert schedule.betas.item() == pytest.approx(
-        1 - make_schedule("linear").alpha_bar[999].item(), abs=1e-15
-    )
+    assert schedule.betas.item() == pytest.approx(1 - make_schedule("linear").alpha_bar[999].item(), abs=1e-15)
     for field in dataclasses.fields(schedule):
         value = getattr(schedule, field.name)
         assert not isinstance(value, torch.Tensor) or bool(torch.isfinite(value).all()), field.name
@@ -197,9 +195,7 @@ def test_iddpm_sections_and_strides():
     assert iddpm_timesteps(1000, "ddim334") == tuple(range(0, 1000, 3))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "ddim", "ddim0", "ddim333", "fast", "0", "-5", "2.5", "10,", "1001", "999,2"]
-)
+@pytest.mark.parametrize("text", ["", "ddim", "ddim0", "ddim333", "fast", "0", "-5", "2.5", "10,", "1001", "999,2"])
 def test_iddpm_refuses(text):
     with pytest.raises(ConfigError, match="respacing"):
         iddpm_timesteps(1000, text)

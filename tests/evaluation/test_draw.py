@@ -1,6 +1,7 @@
 """launchers/sample.py: the images are the ones asked for, errors are one line, nothing is half written."""
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
@@ -117,8 +118,6 @@ def test_sampling_values_that_cannot_be_are_refused(abc_plan, given: dict, messa
 
 
 def test_guidance_needs_an_unconditional_model(abc_plan) -> None:
-    import dataclasses
-
     plan = abc_plan()
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, null_class=False))
     with pytest.raises(ConfigError, match="--guidance 1"):

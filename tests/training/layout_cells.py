@@ -31,7 +31,15 @@ STEPS, GLOBAL, CLASSES, SIDE = 6, 8, 5, 4
 SPECS = {
     "dense": {"depth": 2, "dim": 32, "heads": 2, "patch": 2},
     "moe": {"depth": 2, "dim": 32, "heads": 2, "patch": 2, "num_experts": 4, "shared_ratio": 2.0},
-    "gelu": {"depth": 2, "dim": 32, "heads": 2, "patch": 2, "num_experts": 4, "expert_kind": "gelu", "renormalize": True},
+    "gelu": {
+        "depth": 2,
+        "dim": 32,
+        "heads": 2,
+        "patch": 2,
+        "num_experts": 4,
+        "expert_kind": "gelu",
+        "renormalize": True,
+    },
 }
 
 
@@ -58,7 +66,11 @@ def recipe(kind, scope):
 def new_model(science):
     torch.manual_seed(1)
     model = DiT(
-        science.model, input_size=SIDE, in_channels=4, num_classes=CLASSES, learn_sigma=True,
+        science.model,
+        input_size=SIDE,
+        in_channels=4,
+        num_classes=CLASSES,
+        learn_sigma=True,
         balance_scope=science.balance.scope,
     )
     for p in model.parameters():  # adaLN-Zero would leave most gradients at zero in so few steps
@@ -117,7 +129,9 @@ def train_cell(science, stage, accumulation, checkpointing):
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": science.optimizer.clip,
         "zero_optimization": {
-            "stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0,
+            "stage": stage,
+            "reduce_bucket_size": 20000,
+            "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": 20000,
         },
         "steps_per_print": 10**9,

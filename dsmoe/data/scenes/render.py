@@ -131,9 +131,7 @@ class Renderer:
             near = np.flatnonzero(t < depth)
             t = t[near]
             depth[near] = t
-            colour[:, near] = _shade_solid(
-                scene, solid, self._blur(t, camera), origin, d[:, near], t, hit_part[near]
-            )
+            colour[:, near] = _shade_solid(scene, solid, self._blur(t, camera), origin, d[:, near], t, hit_part[near])
         rgb[:, pixels] = colour.reshape(3, 4, -1).mean(1)
 
 
