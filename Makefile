@@ -47,12 +47,6 @@ quickstart: env
 	$(ON_CPU) OMP_NUM_THREADS=$(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 ))) \
 	PATH="$(abspath $(VENV))/bin:$$PATH" deepspeed --num_gpus $(RANKS) launchers/pretrain.py \
 	    --deepspeed_config ds_configs/quickstart.json
-	@run=$$(ls -dt runs/quickstart-*/ | head -n 1); \
-	echo "run folder   $$run"; \
-	echo "samples      $${run}samples/"; \
-	echo "metrics      $${run}metrics.jsonl, tensorboard --logdir $${run}tb"; \
-	echo "checkpoints  $${run}ckpt/"; \
-	echo "plan, logs   $${run}plan.json, $${run}logs/"
 
 # Both groups run, also when the first fails. --foreground lets Ctrl-C reach pytest.
 test: env

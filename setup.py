@@ -22,7 +22,11 @@ setup(
     version=VERSION,
     description="Diffusion transformers with mixture-of-experts on DeepSpeed",
     packages=find_packages(include=["dsmoe", "dsmoe.*"]),
-    package_data={"dsmoe.base": ["recipes/*.yaml"], "dsmoe.codec": ["weights/*.safetensors"]},
+    package_data={
+        "dsmoe.base": ["recipes/*.yaml"],
+        "dsmoe.codec": ["weights/*.safetensors"],
+        "dsmoe.evaluation": ["weights/*.safetensors"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<2.14",

@@ -1,7 +1,7 @@
 """Do generated scenes show the class they were asked for? docs/class_agreement.md tells what is measured.
 
     python benchmarks/class_agreement.py --checkpoint RUN|FILE [--samples 512] [--out FILE.json] [--require RATIO]
-    python benchmarks/class_agreement.py --train --classifier FILE.safetensors [--epochs N]
+    python benchmarks/class_agreement.py --train --classifier FILE.safetensors [--epochs N] [--codec NAME]
 
 Exit code 1 when the lower 95 % bound of the agreement is below RATIO times chance. Started by a launcher, the ranks
 share the drawing.
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dsmoe.base.errors import ConfigError
+from dsmoe.codec import build as build_codec
 from dsmoe.data.scenes import Scenes
 from dsmoe.evaluation import scenes_classifier
-from dsmoe.evaluation.class_agreement import Measurement, agreement, balanced_labels, measure, table
+from dsmoe.evaluation.class_agreement import Measurement, agreement, balanced_labels, measure, round_trip, table
 from dsmoe.evaluation.command import Parser, check_output, on_main_for_all, run, whole_file
 from dsmoe.evaluation.draw import Trained, add_sampling_options, choose_sampling, describe, open_trained
 from dsmoe.evaluation.scenes_classifier import FitProgress, ScenesClassifier
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--train", action="store_true", help="train the classifier anew into --classifier and stop")
     parser.add_argument("--epochs", type=int, default=8, metavar="N", help="of --train, over --scenes (default 8)")
     parser.add_argument("--scenes", type=int, default=scenes_classifier.TRAIN_SCENES, metavar="N", help="of --train")
+    parser.add_argument("--codec", metavar="NAME", help="of --train: show each scene through this codec as well")
     return run(parser, argv, train if "--train" in argv else judge)
 
 
@@ -135,10 +137,15 @@ def train(options: argparse.Namespace, device: Device) -> int:
     if options.classifier is None:
         raise ConfigError("--train needs --classifier FILE.safetensors, where to write.")
     check_output(options.classifier, "--classifier", ".safetensors")
+    codec = build_codec(options.codec) if options.codec else None
     names = Scenes("train", scenes_classifier.SIDE).class_names
     get_logger().info("rendering %d training and %d validation scenes", options.scenes, options.held_out)
     images, labels = scenes_classifier.render("train", options.scenes)
     held_out, truth = scenes_classifier.render("validation", options.held_out)
+    if codec is not None:
+        codec.to(device.torch_device)
+        images = torch.cat([images, round_trip(codec, images, device.torch_device)])
+        labels = torch.cat([labels, labels])
     seed = options.seed or 0
     model = scenes_classifier.fit(images, labels, names, epochs=options.epochs, seed=seed, report=_print_epoch)
     result = agreement(model.classify(held_out), truth, len(names))
@@ -146,6 +153,7 @@ def train(options: argparse.Namespace, device: Device) -> int:
         "train_scenes": str(options.scenes),
         "epochs": str(options.epochs),
         "seed": str(seed),
+        "codec": f"{options.codec} {codec.provenance['sha256']}" if codec else "not shown",
         "validation_scenes": str(options.held_out),
         "validation_accuracy": f"{result.share:.4f}",
     }

@@ -65,6 +65,8 @@ def prepare(options: argparse.Namespace) -> Fitter:
     if options.scenes < 16:
         raise ConfigError(f"--scenes {options.scenes} is too few to train on; give 16 or more")
     state = options.out / STATE_FILE
+    if options.out.exists() and not options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a file; give a folder")
     if state.exists() and not options.resume:
         raise ConfigError(f"{options.out} holds a training already; add --resume or choose another --out")
     if options.resume and not state.exists():

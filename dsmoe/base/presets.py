@@ -50,11 +50,11 @@ class ModelSpec:
                 "make a layer without hidden units; raise the ratio (model.shared_ratio 0 means none)."
             )
         if self.dim % self.heads:
-            raise ConfigError(f"model.heads {self.heads} does not divide model.dim {self.dim}.")
+            raise ConfigError(f"model.heads {self.heads} does not divide model.dim {self.dim}; choose a divisor.")
         if self.dim % 4:
             raise ConfigError(f"model.dim is {self.dim}; the 2-D position embedding needs a multiple of 4.")
         if self.num_experts and self.top_k > self.num_experts:
-            raise ConfigError(f"model.top_k {self.top_k} exceeds model.num_experts {self.num_experts}.")
+            raise ConfigError(f"model.top_k {self.top_k} exceeds model.num_experts {self.num_experts}; lower it.")
         if self.expert_kind not in EXPERT_KINDS:
             raise ConfigError(choose_from("model.expert_kind", self.expert_kind, EXPERT_KINDS))
 
@@ -105,6 +105,7 @@ PRESETS: dict[str, ModelSpec] = {
     # CPU sizes, ours.
     "nano": _dense(4, 128, 4),
     "nano-4E2A": _moe(4, 128, 4, 4),
+    "nano-8E2A": dataclasses.replace(_moe(6, 128, 4, 8), mlp_ratio=2.0),
     "micro": _dense(6, 192, 6),
     "micro-8E2A": _moe(6, 192, 6, 8),
 }

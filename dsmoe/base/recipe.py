@@ -163,7 +163,12 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         _require(self.global_batch >= 1, "train.global_batch", self.global_batch, "at least 1")
-        _require(self.images >= self.global_batch, "train.images", self.images, "at least one train.global_batch")
+        _require(
+            self.images >= self.global_batch,
+            "train.images",
+            self.images,
+            f"at least one train.global_batch ({self.global_batch})",
+        )
         _require(0 <= self.label_dropout < 1, "train.label_dropout", self.label_dropout, "in [0, 1)")
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "from 0 to 2^63-1")
 
@@ -251,7 +256,7 @@ def load_recipe(name_or_file: str = DEFAULT_RECIPE, overrides: list[str] | None 
         path = RECIPE_DIR / f"{name_or_file}.yaml"
         if not path.is_file():
             raise ConfigError(choose_from("recipe", name_or_file, [n for n, _ in list_recipes()]))
-    elif not path.is_file():
+    elif not path.exists():
         raise ConfigError(f"recipe file {name_or_file!r} does not exist; give an existing .yaml file or a name.")
     tree = read_yaml(path)
     tree.setdefault("name", path.stem)

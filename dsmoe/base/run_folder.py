@@ -20,6 +20,7 @@ from dsmoe.base.recipe import science_of
 
 DEFAULT_ROOT = Path("runs")
 _TEMPORARY = ".dsmoe-tmp"
+_NAME_LENGTH = 100
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -101,8 +102,11 @@ class RunFolder:
         """
         path = self.path.absolute()
         nearest = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
-        with tempfile.TemporaryFile(dir=nearest, prefix=".", suffix=_TEMPORARY):
-            pass
+        try:
+            with tempfile.TemporaryFile(dir=nearest, prefix=".", suffix=_TEMPORARY):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(nearest)) from error
 
     def _compare(self, plan: Plan) -> None:
         try:
@@ -172,7 +176,7 @@ def rejected_run_folder(run: str | None, recipe: str) -> RunFolder:
         for folder in (RunFolder(path) for path in (named, *beside)):
             if folder.takes_a_failure():
                 return folder
-    return RunFolder(DEFAULT_ROOT / f"{Path(recipe).stem or 'recipe'}-rejected")
+    return RunFolder(DEFAULT_ROOT / f"{Path(recipe).stem[:_NAME_LENGTH] or 'recipe'}-rejected")
 
 
 @dataclass(frozen=True)

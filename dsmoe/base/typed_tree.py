@@ -34,7 +34,9 @@ _MALFORMED = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def _parse(text: str) -> object:
-    return _StrictLoader(text).get_single_data()
+    loader = _StrictLoader(text)
+    loader.name = "the text"  # for messages, where it would be "<unicode string>"
+    return loader.get_single_data()
 
 
 def read_yaml(path: Path) -> dict:
@@ -48,7 +50,8 @@ def read_yaml(path: Path) -> dict:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values.")
+        kind = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path} holds {kind}, not a mapping of keys to values.")
     return tree
 
 

@@ -27,7 +27,8 @@ def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool, world_
                 f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size} but the model is dense; set 1."
             )
         raise ConfigError(
-            f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size}; this version trains with 1 only, so set 1."
+            f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size}; this version trains with 1 only, "
+            "so set 1."
         )
     if block.optimizer == "cpu_adam" and not policy.offload_optimizer and device_type != "cpu":
         raise ConfigError(

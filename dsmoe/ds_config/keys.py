@@ -155,7 +155,7 @@ def _check_block(block: str, content: Mapping[str, object]) -> None:
         if name in REFUSED:
             raise ConfigError(f"{name!r} is not taken here: {REFUSED[name]}.")
         if key not in kinds:
-            raise ConfigError(choose_from("key", name, [f"{block}.{k}" for k in kinds]))
+            raise ConfigError(choose_from(f"key in '{block}':", key, kinds))
         left_out = value is None if kinds[key] is dict else value == "auto"
         if not left_out:
             _check(name, value, kinds[key])

@@ -87,10 +87,15 @@ def discover(environ: Mapping[str, str]) -> LaunchPlace:
 
 
 def stated_rank(environ: Mapping[str, str]) -> int:
-    """The rank an environment claims, 0 when it claims none: who speaks when `discover` refuses it."""
+    """The rank an environment claims, for who speaks when `discover` refuses it: 0 does.
+
+    0 also when it claims none, or one beyond its own world size: then no other rank meets the fault.
+    """
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     text = next((environ[name] for name in names if name in environ), "").strip()
-    return int(text) if text.isdecimal() else 0
+    world = environ.get("WORLD_SIZE", "").strip()
+    rank = int(text) if text.isdecimal() else 0
+    return 0 if world.isdecimal() and 0 < int(world) <= rank else rank
 
 
 def export(place: LaunchPlace, environ: MutableMapping[str, str]) -> None:

@@ -1,7 +1,8 @@
-"""The adapter to DeepSpeed: builds the engine, and shows its fp32 master weights as fragments.
+"""The adapter to DeepSpeed: builds the engine, and shows its fp32 master weights and moments as fragments.
 
 A fragment is the part of one parameter that this rank owns: name, global shape, offset in the flattened
-parameter, and a flat fp32 view. EMA and weight export see only fragments, so they work under every ZeRO stage.
+parameter, and a flat fp32 view. EMA, weight export and checkpoints (state) see only fragments, so they work under
+every ZeRO stage.
 """
 
 import logging
@@ -13,6 +14,8 @@ import torch
 
 from dsmoe.base.plan import Plan
 from dsmoe.runtime import distributed
+
+MASTER = "master"
 
 
 @dataclass(frozen=True)
@@ -78,39 +81,73 @@ class Engine:
         """Global shape of every parameter, in the order of named_parameters."""
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
 
-    def fragments(self) -> list[Fragment]:
-        """Views of this rank's fp32 master weights, in the order of named_parameters; no communication."""
-        read = {0: _whole, 1: _zero12, 2: _zero12, 3: _zero3}[self.stage]
-        found = (read(self.engine, name, p) for name, p in self.model.named_parameters())
-        return [fragment for fragment in found if fragment is not None]
+    def fragments(self, kind: str = MASTER) -> list[Fragment]:
+        """Views of this rank's fp32 master weights, in the order of named_parameters; no communication.
+
+        kind: or the moments `exp_avg` and `exp_avg_sq`, which exist after the first step (or state.make_moments).
+        """
+        find = {0: _whole, 1: _zero12, 2: _zero12, 3: _zero3}[self.stage]
+        places = ((name, find(self.engine, p)) for name, p in self.model.named_parameters())
+        return [
+            Fragment(
+                name, place.shape, place.offset, self._state(place.flat, kind).narrow(0, place.start, place.length)
+            )
+            for name, place in places
+            if place is not None
+        ]
+
+    def _state(self, owner: torch.Tensor, kind: str) -> torch.Tensor:
+        found = owner if kind == MASTER else self.inner_optimizer.state[owner][kind]
+        return found.detach().view(-1)
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW that was given, inside whatever DeepSpeed put around it."""
+        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
 
 
-def _whole(engine: object, name: str, parameter: torch.nn.Parameter) -> Fragment:
-    return Fragment(name, tuple(parameter.shape), 0, parameter.detach().view(-1))
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank's part of a parameter lies: `length` elements from `start` in the optimizer's tensor `flat`."""
+
+    shape: tuple[int, ...]
+    offset: int
+    flat: torch.Tensor
+    start: int
+    length: int
 
 
-def _zero12(engine: object, name: str, parameter: torch.nn.Parameter) -> Fragment | None:
+def _whole(engine: object, parameter: torch.nn.Parameter) -> _Place:
+    return _Place(tuple(parameter.shape), 0, parameter, 0, parameter.numel())
+
+
+def flat_partitions(optimizer: object) -> list[torch.Tensor]:
+    """The flat fp32 master partitions of a DeepSpeed optimizer of stage 1, 2 or 3; Adam's state is keyed by them."""
+    # bf16 at stage 1 with fp32 gradient accumulation is another class (expert_parallelism.md 3e).
+    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+
+
+def _zero12(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
     # The moments' own fragment links are incomplete in 0.19.8 with several groups (expert_parallelism.md 7);
     # the addresses below are right, and point into the flat fp32 partition.
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return None
-    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    flat = flat_partitions(engine.optimizer)[mapping.param_group_index]
     place = mapping.hp_fragment_address
-    view = flat.detach().narrow(0, place.start, place.numel)
-    return Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, view)
+    return _Place(tuple(parameter.shape), mapping.lp_fragment_address.start, flat, place.start, place.numel)
 
 
-def _zero3(engine: object, name: str, parameter: torch.nn.Parameter) -> Fragment | None:
-    from deepspeed.utils import safe_get_local_fp32_param
-
-    shard = parameter.ds_tensor.ds_numel
+def _zero3(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
+    optimizer, shard = engine.optimizer, parameter.ds_tensor.ds_numel
     offset = torch.distributed.get_rank(parameter.ds_process_group) * shard
     own = min(shard, parameter.ds_numel - offset)  # the tail of the last shard is padding
     if own <= 0:
         return None
-    view = safe_get_local_fp32_param(parameter).detach().view(-1).narrow(0, 0, own)
-    return Fragment(name, tuple(parameter.ds_shape), offset, view)
+    # Not safe_get_local_fp32_param: with offload it returns a copy, and a load needs the optimizer's own memory.
+    group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return _Place(tuple(parameter.ds_shape), offset, flat_partitions(optimizer)[group], start, own)
 
 
 def gather_full(

@@ -36,7 +36,8 @@ class GradientWatch:
 def check_finite(step: int, losses: list[float], bad_gradients: list[float], norm: float, allow_overflow: bool) -> None:
     """TrainingFailure naming step and ranks when a loss or gradient is not finite.
 
-    step: from 1, as the console counts. losses, bad_gradients: one entry a rank. allow_overflow: fp16 loss scaling skips such steps by itself.
+    step: from 1, as the console counts. losses, bad_gradients: one entry a rank. allow_overflow: fp16 loss scaling
+    skips such steps by itself.
     """
     bad = [rank for rank, loss in enumerate(losses) if loss != loss or abs(loss) == float("inf")]
     if bad:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the user's input was wrong (found before process groups an
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -37,6 +38,8 @@ from dsmoe.training.sampling import SampleSheets, full_weights
 from dsmoe.training.telemetry import Telemetry, draw_losses, read_metrics
 
 EXIT_FAILED = 1
+# Launchers end all ranks as soon as one has ended, so the others give rank 0 this long to say why.
+PATIENCE_SECONDS = 5.0
 
 
 def main(argv: list[str], description: str, environ: Mapping[str, str] = os.environ) -> int:
@@ -74,6 +77,8 @@ def refuse(error: UserError, place: LaunchPlace | Mapping[str, str], command: Co
         print(line, file=sys.stderr, flush=True)
         recipe = command.recipe if command else "command"
         rejected_run_folder(command.run if command else None, recipe).record_failure(line)
+    else:
+        time.sleep(PATIENCE_SECONDS)
     return EXIT_BAD_INPUT
 
 

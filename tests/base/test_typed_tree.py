@@ -138,7 +138,7 @@ def test_yaml_reads_as_written(tmp_path):
         ("a: 1\nb: 2\na: 3\n", ("'a' stands twice", "line 3", "keep one")),
         ("a:\n  b: 1\n  b: 2\n", ("'b' stands twice", "line 3")),
         ("a: [{b: 1, b: 2}]\n", ("'b' stands twice",)),
-        ("a: [1\n", ("not valid YAML", "line")),
+        ("a: [1\n", ("not valid YAML", 'in "the text", line 1')),
         ("a: 1\n\tb: 2\n", ("not valid YAML",)),
         ("a: !!python/object:os.system {}\n", ("not valid YAML",)),
         ("a: *nobody\n", ("not valid YAML", "nobody")),
@@ -149,7 +149,7 @@ def test_yaml_reads_as_written(tmp_path):
         (b"a: \xff\xfe\n", ("not valid YAML",)),
         ("a: " + "[" * 4000, ("not valid YAML",)),
         ("- a\n- b\n", ("holds list",)),
-        ("", ("holds NoneType", "mapping")),
+        ("", ("holds nothing", "mapping")),
         ("just words\n", ("holds str",)),
     ],
 )

@@ -170,7 +170,7 @@ REFUSED = [
     ({"zero_optimization": {"stage": True}}, ("'zero_optimization.stage' is true", "whole number")),
     ({"zero_optimization": {"stage": "auto"}}, ("'zero_optimization.stage' is \"auto\"", "0, 1, 2 or 3")),
     ({"zero_optimization": {"stage": 1.0}}, ("'zero_optimization.stage' is 1.0", "0, 1, 2 or 3")),
-    ({"zero_optimization": {"stagee": 1}}, ("'zero_optimization.stagee'", "Did you mean 'zero_optimization.stage'")),
+    ({"zero_optimization": {"stagee": 1}}, ("key in 'zero_optimization': 'stagee'", "Did you mean 'stage'")),
     ({"zero_optimization": {"reduce_bucket_size": "big"}}, ('reduce_bucket_size\' is "big"', "whole number")),
     ({"zero_optimization": {"reduce_bucket_size": -5}}, ("reduce_bucket_size' is -5", "0 or more")),
     ({"zero_optimization": {"reduce_bucket_size": 0}}, ("reduce_bucket_size' is 0", "above 0")),
@@ -193,13 +193,13 @@ REFUSED = [
     ({"zero_optimization": {"stage": 1, "offload_optimizer": "auto"}}, ('offload_optimizer\' is "auto"', "object")),
     (
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"devise": "cpu"}}},
-        ("devise'", "offload_optimizer.device"),
+        ("offload_optimizer': 'devise'", "mean 'device'"),
     ),
     # Precision.
     ({"bf16": True}, ("'bf16' is true", "object")),
     ({"bf16": {"enabled": "auto"}}, ("'bf16.enabled' is \"auto\"", "true or false")),
     ({"bf16": {"enabled": 1}}, ("'bf16.enabled' is 1", "true or false")),
-    ({"bf16": {"enabeld": True}}, ("'bf16.enabeld'", "Did you mean 'bf16.enabled'")),
+    ({"bf16": {"enabeld": True}}, ("'bf16': 'enabeld'", "Did you mean 'enabled'")),
     ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ("bf16.enabled and fp16.enabled", "choose one")),
     ({"bf16": {"bf16_optimizer_states": True}}, ("bf16_optimizer_states'", "fp32 master weights", "drop it")),
     ({"fp16": {"loss_scale": -1}}, ("'fp16.loss_scale' is -1", "0 or more")),
@@ -211,7 +211,7 @@ REFUSED = [
     ({"steps_per_print": "often"}, ("'steps_per_print' is \"often\"", "whole number")),
     ({"gradient_predivide_factor": 0}, ("'gradient_predivide_factor' is 0", "above 0")),
     ({"comms_logger": {"enabled": True, "prof_ops": "all"}}, ("'comms_logger.prof_ops' is \"all\"", "list")),
-    ({"flops_profiler": {"enbled": True}}, ("'flops_profiler.enbled'", "'flops_profiler.enabled'")),
+    ({"flops_profiler": {"enbled": True}}, ("'flops_profiler': 'enbled'", "'enabled'")),
     ({"bfloat16": {"enabled": True}}, ("'bfloat16'", "Did you mean", "'bf16'")),
     ({"zero_optimisation": {"stage": 1}}, ("'zero_optimisation'", "Did you mean 'zero_optimization'")),
     # Our block.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from dsmoe.base.errors import CheckpointError, ConfigError
 from dsmoe.data.scenes import Scenes
@@ -80,13 +80,13 @@ def test_fit_learns_and_repeats(train_scenes) -> None:
     seen = []
     torch.manual_seed(11)
     untouched = torch.random.get_rng_state()
-    model = fit(images, labels, NAMES, epochs=14, report=seen.append)
+    model = fit(images, labels, NAMES, epochs=8, report=seen.append)
     assert torch.equal(torch.random.get_rng_state(), untouched)
-    assert [p.epoch for p in seen] == list(range(1, 15))
+    assert [p.epoch for p in seen] == list(range(1, 9))
     assert seen[-1].loss < seen[0].loss
     assert not model.training
-    # Chance is 1/16 = 16 of 256, with a deviation of 3.9.
-    assert int((model.classify(images) == labels).sum()) > 64
+    # Chance is 16 of 256 with a deviation of 3.9; this is six of them above.
+    assert int((model.classify(images) == labels).sum()) > 40
     short = [fit(images[:128], labels[:128], NAMES, epochs=1, seed=s).head.weight for s in (3, 3, 4)]
     assert torch.equal(short[0], short[1])
     assert not torch.equal(short[0], short[2])
@@ -136,7 +136,7 @@ def test_unusable_files_are_refused(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="format None"):
         load_classifier(path)
-    state = ScenesClassifier(NAMES).state_dict()
+    state = {name: value.contiguous() for name, value in ScenesClassifier(NAMES).state_dict().items()}
     del state["head.bias"]
     save_file(state, path, metadata={"format": module.FORMAT, "class_names": json.dumps(NAMES)})
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -151,8 +151,9 @@ def test_committed_classifier_is_as_good_as_documented() -> None:
     documented = float(notes["validation_accuracy"])
     assert documented >= 0.95
     images, labels = render("validation", 256)
-    # Three deviations of 256 draws at the documented accuracy, and one image for rounding on other machines.
-    margin = 3 * (documented * (1 - documented) / 256) ** 0.5 + 1 / 256
-    assert (model.classify(images) == labels).float().mean() >= documented - margin
+    # What 2048 scenes leave possible (Wilson), less three deviations of a draw of 256.
+    possible = stats.binomtest(round(2048 * documented), 2048).proportion_ci(0.95, "wilson").low
+    margin = 3 * (possible * (1 - possible) / 256) ** 0.5
+    assert (model.classify(images) == labels).float().mean() >= possible - margin
     small, labels = render("validation", 128, 32)
     assert (model.classify(small) == labels).float().mean() >= 0.95

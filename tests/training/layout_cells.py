@@ -120,7 +120,8 @@ def train_reference(science):
     return losses, norms, dict(model.named_parameters()), dict(zip(names, shadow, strict=True))
 
 
-def train_cell(science, stage, accumulation, checkpointing):
+def new_run(science, stage, accumulation, checkpointing, start=0, **config):
+    """A Training over steps from `start` on under DeepSpeed; `config` goes over the engine's configuration."""
     world, rank = distributed.world_size(), distributed.rank()
     micro = GLOBAL // world // accumulation
     config = {
@@ -135,18 +136,18 @@ def train_cell(science, stage, accumulation, checkpointing):
             "stage3_prefetch_bucket_size": 20000,
         },
         "steps_per_print": 10**9,
+        **config,
     }
     model = new_model(science)
     model.activation_checkpointing = checkpointing
     engine = Engine(model, build_optimizer(list(model.parameters()), science.optimizer, "torch_fused"), config)
-    ema = Ema(engine, 0.9)
-    run = Training(
+    return Training(
         plan=_Plan(science, accumulation),
         engine=engine,
-        ema=ema,
+        ema=Ema(engine, 0.9),
         batches=(
             latents(micro_batch(step, a, rank, world, micro, GLOBAL))
-            for step in range(STEPS)
+            for step in range(start, STEPS)
             for a in range(accumulation)
         ),
         codec=None,
@@ -157,12 +158,23 @@ def train_cell(science, stage, accumulation, checkpointing):
         sheets=None,
         device=torch.device("cpu"),
     )
+
+
+def take_steps(run, steps):
+    """Losses and gradient norms of these steps."""
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in steps:
         report = take_step(run, step)
-        ema.update()
+        run.ema.update()
         losses.append(report.figures[:, 0].mean().item())
         norms.append(report.figures[0, 6].item())
+    return losses, norms
+
+
+def train_cell(science, stage, accumulation, checkpointing):
+    run = new_run(science, stage, accumulation, checkpointing)
+    losses, norms = take_steps(run, range(STEPS))
+    engine, ema = run.engine, run.ema
     replicated = stage == 0
     weights = gather_full(engine.fragments(), engine.shapes(), replicated)
     average = gather_full(ema.fragments, engine.shapes(), replicated)

@@ -1,5 +1,6 @@
 """AdamW in every implementation against a hand-written one, and the learning rate against its closed forms."""
 
+import itertools
 import math
 
 import numpy as np
@@ -109,10 +110,8 @@ SHAPES = [
 def test_rate_follows_its_closed_form(peak, warmup, total, ratio):
     spec = OptimizerSpec(lr=peak, schedule="exponential", warmup_images=warmup, final_ratio=ratio)
     for n in range(0, total + 1, max(1, total // 997)):
-        if n < warmup:
-            want = peak * n / warmup
-        else:
-            want = peak * math.exp(math.log(ratio) * (n - warmup) / (total - warmup))
+        after = max(n - warmup, 0) / (total - warmup)
+        want = peak * n / warmup if n < warmup else peak * math.exp(math.log(ratio) * after)
         assert learning_rate(spec, n, total) == pytest.approx(want, rel=1e-12)
     assert learning_rate(spec, warmup, total) == peak
     assert learning_rate(spec, total, total) == pytest.approx(peak * ratio, rel=1e-12)
@@ -124,7 +123,7 @@ def test_rate_follows_its_closed_form(peak, warmup, total, ratio):
 def test_decay_by_equal_factors_over_equal_stretches():
     spec = OptimizerSpec(lr=1e-3, schedule="exponential", warmup_images=100, final_ratio=0.01)
     rates = [learning_rate(spec, n, 1100) for n in range(100, 1101, 100)]
-    assert [b / a for a, b in zip(rates, rates[1:], strict=False)] == pytest.approx([0.01**0.1] * 10, rel=1e-12)
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([0.01**0.1] * 10, rel=1e-12)
 
 
 def test_warm_up_of_a_constant_schedule_ends_at_the_peak():

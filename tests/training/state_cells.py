@@ -1,0 +1,140 @@
+"""Run by every rank: saves and loads checkpoints across layouts. state_cells.py FOLDER CELLS, one JSON line a cell.
+
+A cell is [name, source, kind, scope, stage, accumulation, setting]. Without a source it trains HALF steps, saves
+FOLDER/name, trains on to the end and leaves losses and final weights there as the reference. With one it loads
+FOLDER/source, saves what it holds again for a comparison bit by bit, and trains the second half.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from layout_cells import STEPS, new_run, recipe, relative, take_steps
+from safetensors.torch import load_file, save_file
+
+from dsmoe.base.run_folder import Lease, RunFolder
+from dsmoe.checkpoint.choice import newest_whole
+from dsmoe.checkpoint.saver import Retention, Saver
+from dsmoe.checkpoint.store import Store
+from dsmoe.runtime import distributed
+from dsmoe.runtime.device import Device
+from dsmoe.training import state
+from dsmoe.training.deepspeed_patches import skip_shm_op
+from dsmoe.training.engine import gather_full
+
+HALF = STEPS // 2
+ZERO = {"reduce_bucket_size": 20000, "stage3_prefetch_bucket_size": 20000}
+SETTINGS = {
+    "fp32": {},
+    "persistent": {"zero_optimization": {**ZERO, "stage3_param_persistence_threshold": 500}},
+    "sub_groups": {"zero_optimization": {**ZERO, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}},
+    "bf16": {"bf16": {"enabled": True}},
+    "bf16_accumulate_fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "offload": {
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {**ZERO, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": 0},
+    },
+}
+
+
+def settings(name, stage):
+    config = json.loads(json.dumps(SETTINGS[name]))
+    if "zero_optimization" in config:
+        config["zero_optimization"]["stage"] = stage
+    return config
+
+
+def saver_in(root):
+    root.mkdir(exist_ok=True)
+    return Saver(Store(root), Lease(RunFolder(root.parent), 1, "test-holder"), Retention(1, 0))
+
+
+def begin(saver, run):
+    saver.begin(HALF, state.local_pieces(run.engine, run.ema), state.plain_state(run.engine), 1 << 20)
+
+
+def differing(one, other):
+    """Names of states that are not the same bits in two readers."""
+    names = [(kind, name) for kind in sorted(one.kinds) for name in one.shapes]
+    assert one.kinds == other.kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert one.shapes == other.shapes
+    return [f"{k} {n}" for k, n in names if not torch.equal(one.whole(n, k), other.whole(n, k))]
+
+
+def results(run, stage):
+    replicated = stage == 0
+    return (
+        gather_full(run.engine.fragments(), run.engine.shapes(), replicated),
+        gather_full(run.ema.fragments, run.engine.shapes(), replicated),
+    )
+
+
+def reference_cell(folder, name, science, stage, accumulation, setting):
+    run = new_run(science, stage, accumulation, False, **settings(setting, stage))
+    first = take_steps(run, range(HALF))
+    root = folder / name
+    saver = saver_in(root)
+    begin(saver, run)
+    second = take_steps(run, range(HALF, STEPS))  # the thread writes meanwhile
+    assert saver.finish()
+    weights, average = results(run, stage)
+    if distributed.is_main():
+        save_file(weights, root / "weights.safetensors")
+        save_file(average, root / "average.safetensors")
+        (root / "second.json").write_text(json.dumps(second))
+    run.engine.engine.destroy()
+    return {"losses": first[0] + second[0]}
+
+
+def resumed_cell(folder, name, source, science, stage, accumulation, setting):
+    run = new_run(science, stage, accumulation, False, start=HALF, **settings(setting, stage))
+    reader = newest_whole(Store(folder / source))
+    state.load(run.engine, run.ema, reader)
+    again = newest_whole(Store(save_again(folder, name, run)))
+    found = {
+        "differing": differing(reader, again),
+        "plain_equal": all(reader.state[key] == again.state[key] for key in state.plain_state(run.engine)),
+    }
+    losses, norms = take_steps(run, range(HALF, STEPS))
+    truth = json.loads((folder / source / "second.json").read_text())
+    weights, average = results(run, stage)
+    run.engine.engine.destroy()
+    return found | {
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(losses, truth[0], strict=True)),
+        "norm": max(abs(a - b) / b for a, b in zip(norms, truth[1], strict=True)),
+        "weights": relative(weights, load_file(folder / source / "weights.safetensors")),
+        "average": relative(average, load_file(folder / source / "average.safetensors")),
+        "steps": reader.state["optimizer_steps"],
+        "wrote": reader.state["ranks"],
+    }
+
+
+def save_again(folder, name, run):
+    root = folder / f"{name}-again"
+    saver = saver_in(root)
+    begin(saver, run)
+    assert saver.finish()
+    return root
+
+
+def main():
+    distributed.initialize(distributed.discover(os.environ), Device("cpu"))
+    skip_shm_op()
+    folder = Path(sys.argv[1])
+    if distributed.is_main():
+        (folder / "lease.json").write_text(json.dumps({"generation": 1, "holder": "test-holder"}))
+    for name, source, kind, scope, stage, accumulation, setting in json.loads(sys.argv[2]):
+        science = recipe(kind, scope)
+        if source:
+            cell = resumed_cell(folder, name, source, science, stage, accumulation, setting)
+        else:
+            cell = reference_cell(folder, name, science, stage, accumulation, setting)
+        if distributed.is_main():
+            print("CELL " + json.dumps({"name": name, **cell}), flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

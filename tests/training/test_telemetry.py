@@ -1,0 +1,294 @@
+"""What a run says of itself, computed by hand from made step reports: rates, routing figures, rows, lines."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from made_plan import made_plan, made_recipe
+
+from dsmoe.base.errors import TrainingFailure
+from dsmoe.base.run_folder import RunFolder
+from dsmoe.training import telemetry as module
+from dsmoe.training.telemetry import (
+    FIELDS,
+    StepReport,
+    Telemetry,
+    console_line,
+    draw_losses,
+    gather_report,
+    read_metrics,
+)
+
+# made_plan: 8 images a step, 20 steps, 2 ranks, 5e6 MACs an image; logged at step 1 and every 4 steps.
+BATCH, STEPS, WORLD, MACS = 8, 20, 2, 5_000_000
+RATE, PEAK = 1e9, 4e9
+
+
+class FakeDevice:
+    """A device with round numbers."""
+
+    def __init__(self, peak=None):
+        self.peak = peak
+
+    def matmul_rate(self, dtype):
+        return RATE
+
+    def peak_flops(self, dtype):
+        return self.peak
+
+    def max_memory_bytes(self):
+        return 12345
+
+
+class Clock:
+    """Stands in for the time module of telemetry."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def make(tmp_path, clock):
+    """Telemetry on a fresh run folder."""
+
+    def build(plan=None, peak=None):
+        folder = RunFolder(tmp_path / "run")
+        plan = plan or made_plan()
+        return Telemetry(plan, folder.create(plan), folder.path, FakeDevice(peak), torch.float32)
+
+    return build
+
+
+def report(step, ended, ranks=WORLD, load=None, **figures):
+    """Figures of one step; a list gives one value a rank."""
+    values = dict.fromkeys(FIELDS, 0.5) | {"bad_gradient": 0.0, "data_seconds": 0.0} | figures
+    columns = [v if isinstance(v, list) else [v] * ranks for v in (values[name] for name in FIELDS)]
+    return StepReport(step, 1e-4 * (step + 1), ended, torch.tensor(columns).T.contiguous(), load)
+
+
+def rows(telemetry_folder):
+    return read_metrics(telemetry_folder / "run" / "metrics.jsonl")
+
+
+def test_reports_are_read_one_step_late_and_all_of_them(make, tmp_path):
+    telemetry = make()
+    file = tmp_path / "run" / "metrics.jsonl"
+    losses = [float(n * n) for n in range(10)]
+    for step, loss in enumerate(losses):
+        telemetry.push(report(step, 1000.0 + step + 1, loss=loss))
+        # Step s + 1 is on record only once the report after it has come.
+        assert file.exists() == (step >= 1)
+    assert [r["step"] for r in rows(tmp_path)] == [1, 4, 8]
+    telemetry.flush()
+    got = rows(tmp_path)
+    assert [r["step"] for r in got] == [1, 4, 8, 10]
+    # Every step's loss is in exactly one row's mean.
+    assert [r["loss"] for r in got] == pytest.approx([losses[0], *map(np.mean, (losses[1:4], losses[4:8], losses[8:]))])
+    telemetry.flush()
+    assert len(rows(tmp_path)) == 4, "nothing new, nothing written"
+
+
+def test_rates_follow_from_the_recorded_step_times(make, tmp_path, clock):
+    telemetry = make(peak=PEAK)
+    ended = [1002.0, 1002.5, 1003.0, 1004.0, 1004.25]
+    clock.now = 5000.0  # the host runs ahead or behind; only the times in the reports count
+    for step, time in enumerate(ended):
+        telemetry.push(report(step, time, data_seconds=[0.1, 0.3]))
+    telemetry.flush()
+    first, second, last = rows(tmp_path)
+    assert first["images_per_second"] == pytest.approx(BATCH / 2.0)
+    assert second["images_per_second"] == pytest.approx(3 * BATCH / 2.0)
+    assert last["images_per_second"] == pytest.approx(BATCH / 0.25)
+    # Waiting for data: mean over ranks, summed over the steps of the row, as a share of its time.
+    assert second["data_share"] == pytest.approx(3 * 0.2 / 2.0)
+    assert second["eta_seconds"] == pytest.approx((STEPS - 4) * 2.0 / 3)
+    assert [r["elapsed_seconds"] for r in (first, second, last)] == pytest.approx([2.0, 4.0, 4.25])
+    # Forward and backward are three passes of two operations a multiply-accumulate, shared by the ranks.
+    flops = 3 * 2 * MACS * (3 * BATCH / 2.0) / WORLD
+    assert second["matmul_fraction"] == pytest.approx(flops / RATE)
+    assert second["mfu"] == pytest.approx(flops / PEAK)
+
+
+def test_rows_hold_means_over_ranks_and_steps_and_the_last_rate(make, tmp_path):
+    telemetry = make()
+    telemetry.push(report(0, 1001.0))
+    for step in (1, 2, 3):
+        telemetry.push(report(step, 1001.0 + step, mse=[float(step), 3.0 * step], vb=0.25, grad_norm=2.0))
+    telemetry.flush()
+    row = rows(tmp_path)[-1]
+    assert (row["step"], row["images_seen"]) == (4, 4 * BATCH)
+    assert row["mse"] == pytest.approx(np.mean([2.0, 4.0, 6.0]))
+    assert (row["vb"], row["grad_norm"], row["loss"], row["memory_bytes"]) == (0.25, 2.0, 0.5, 12345)
+    assert row["lr"] == pytest.approx(4e-4)
+    assert "mfu" not in row
+    assert "load_entropy" not in row, "a dense model has no routing"
+
+
+def numpy_entropy(load):
+    p = np.asarray(load, dtype=np.float64)
+    terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0)
+    return float((-terms.sum(1) / np.log(p.shape[1])).mean())
+
+
+def test_routing_figures_are_those_of_the_mean_load(make, tmp_path):
+    rng = np.random.default_rng(0)
+    loads = rng.dirichlet(np.full(4, 0.6), size=(4, 3)).astype(np.float32)  # steps, layers, experts
+    telemetry = make()
+    for step, load in enumerate(loads):
+        telemetry.push(report(step, 1001.0 + step, load=torch.tensor(load)))
+    telemetry.flush()
+    first, second = rows(tmp_path)
+    assert first["load_entropy"] == pytest.approx(numpy_entropy(loads[0]), abs=1e-6)
+    mean = loads[1:].mean(0)
+    assert second["load_entropy"] == pytest.approx(numpy_entropy(mean), abs=1e-6)
+    assert second["load_max_over_mean"] == pytest.approx(float((mean * 4).max()), rel=1e-6)
+
+
+def test_even_load_has_entropy_1_and_a_single_choice_0(make, tmp_path):
+    telemetry = make()
+    telemetry.push(report(0, 1001.0, load=torch.full((2, 4), 0.25)))
+    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    for step in (1, 2, 3):
+        telemetry.push(report(step, 1001.0 + step, load=one))
+    telemetry.flush()
+    even, single = rows(tmp_path)
+    assert (even["load_entropy"], even["load_max_over_mean"], even["dead_experts"]) == (pytest.approx(1.0), 1.0, 0)
+    assert (single["load_entropy"], single["load_max_over_mean"]) == (pytest.approx(0.0, abs=1e-6), 4.0)
+    assert single["dead_experts"] == 6
+
+
+def test_dead_experts_are_named_by_layer(make, tmp_path, caplog):
+    load = torch.full((3, 4), 0.25)
+    load[1] = torch.tensor([0.6, 0.0, 0.4, 0.0])
+    load[2] = torch.tensor([0.5, 0.49749, 0.0024, 0.00011])  # dead: below a hundredth of an even share, 0.0025
+    telemetry = make()
+    with caplog.at_level(logging.INFO, logger="dsmoe.train"):
+        telemetry.push(report(0, 1001.0, load=load))
+        telemetry.flush()
+    (row,) = rows(tmp_path)
+    dead = ["layer 1 expert 1", "layer 1 expert 3", "layer 2 expert 2", "layer 2 expert 3"]
+    assert (row["dead_experts"], row["dead"]) == (4, dead)
+    assert f"DEAD {', '.join(dead)}" in caplog.text
+
+
+def test_a_bad_figure_stops_before_its_row_and_names_rank_and_step(make, tmp_path):
+    telemetry = make()
+    telemetry.push(report(0, 1001.0))
+    telemetry.push(report(1, 1002.0, loss=[0.5, float("nan")]))
+    with pytest.raises(TrainingFailure, match=r"loss nan at step 2 on rank 1"):
+        telemetry.push(report(2, 1003.0))
+    assert [r["step"] for r in rows(tmp_path)] == [1]
+
+
+def test_the_last_step_is_checked_too(make):
+    telemetry = make()
+    telemetry.push(report(0, 1001.0, bad_gradient=[1.0, 0.0]))
+    with pytest.raises(TrainingFailure, match=r"gradient at step 1 on rank 0"):
+        telemetry.flush()
+
+
+def test_loss_scaling_overflow_is_no_failure_in_fp16(make):
+    telemetry = make(made_plan(precision="fp16"))
+    telemetry.push(report(0, 1001.0, bad_gradient=1.0))
+    telemetry.flush()
+
+
+def test_a_run_that_was_taken_over_writes_no_more(make, tmp_path):
+    telemetry = make()
+    telemetry.push(report(0, 1001.0))
+    RunFolder(tmp_path / "run").create(made_plan())
+    with pytest.raises(TrainingFailure, match="later job"):
+        telemetry.flush()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_figures_reach_tensorboard_by_images_seen(make, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    telemetry = make()
+    for step in range(5):
+        telemetry.push(report(step, 1001.0 + step, loss=float(step), load=torch.full((2, 4), 0.25)))
+    telemetry.flush()
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    got = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in ("loss", "load_entropy")}
+    assert got["loss"] == [(8, 0.0), (32, 2.0), (40, 4.0)]
+    assert [step for step, _ in got["load_entropy"]] == [8, 32, 40]
+
+
+def test_interval_shorter_than_a_batch_logs_every_step(make, tmp_path):
+    telemetry = make(made_plan(made_recipe(report={"log_every": 1})))
+    for step in range(3):
+        telemetry.push(report(step, 1001.0 + step))
+    telemetry.flush()
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_gathering_alone_keeps_the_figures_and_the_time(clock):
+    clock.now = 7.0
+    figures = torch.arange(float(len(FIELDS)))
+    got = gather_report(3, 0.1, figures, None)
+    assert torch.equal(got.figures, figures[None])
+    assert (got.step, got.learning_rate, got.ended, got.load) == (3, 0.1, 7.0, None)
+
+
+ROW = {
+    "step": 40, "images_seen": 320, "loss": 1.23456, "grad_norm": 0.5, "lr": 3e-5, "images_per_second": 12.34,
+    "matmul_fraction": 0.417, "data_share": 0.0123, "eta_seconds": 3725.9,
+}  # fmt: skip
+ROUTED = {"load_entropy": 0.98765, "balance": 1.0123, "dead": []}
+
+
+def test_console_line_holds_what_one_watches():
+    line = console_line(ROW, 200)
+    for part in (
+        "step 40/200",
+        "loss 1.2346",
+        "grad 0.500",
+        "lr 3.00e-05",
+        "12.3 images/s",
+        "matmul 42%",
+        "ETA 1:02:05",
+    ):
+        assert part in line
+    for absent in ("MFU", "balance", "DEAD"):
+        assert absent not in line
+    assert "balance 1.012 (load entropy 0.988)" in console_line({**ROW, **ROUTED}, 200)
+    assert "MFU 31.2%" in console_line({**ROW, "mfu": 0.3123}, 200)
+    many = [f"layer 0 expert {e}" for e in range(9)]
+    assert console_line({**ROW, **ROUTED, "dead": many}, 200).endswith("DEAD " + ", ".join(many[:4]))
+
+
+def test_loss_plot_is_a_picture_for_dense_and_routed_runs(tmp_path):
+    from PIL import Image
+
+    dense = [{"images_seen": 8 * n, "loss": 1 / n, "mse": 0.9 / n} for n in range(1, 5)]
+    sizes = []
+    for records in (dense, [{**r, "load_entropy": 0.9} for r in dense]):
+        draw_losses(records, tmp_path / "loss.png", "title")
+        with Image.open(tmp_path / "loss.png") as image:
+            sizes.append(image.size)
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+    assert sizes[1][0] > sizes[0][0], "routing has a panel of its own"
+
+
+def test_metrics_file_is_one_json_object_a_line(make, tmp_path):
+    telemetry = make()
+    telemetry.push(report(0, 1001.0))
+    telemetry.flush()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    assert [json.loads(line) for line in text.splitlines()] == rows(tmp_path)
