@@ -1,4 +1,7 @@
-"""`python -m dsmoe COMMAND`: what the machine offers and which recipes there are. Training starts from launchers/."""
+"""`python -m dsmoe COMMAND`: what the machine offers, which recipes there are, what a run has saved.
+
+Training starts from launchers/.
+"""
 
 import argparse
 import sys
@@ -21,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dsmoe",
-        description="What this machine offers, and which recipes there are. Training starts from launchers/.",
+        description="What this machine offers, which recipes there are, what a run has saved. Training starts from "
+        "launchers/.",
     )
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -30,6 +34,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     recipes = commands.add_parser("recipes", help="list the recipes that --recipe accepts by name")
     recipes.set_defaults(run=_recipes)
+    saved = commands.add_parser("checkpoints", help="list, verify, prune or export the checkpoints of a run folder")
+    saved.add_argument("folder", metavar="RUN")
+    action = saved.add_mutually_exclusive_group()
+    action.add_argument("--verify", action="store_true", help="read every byte and name what is damaged")
+    action.add_argument("--prune", type=int, metavar="N", help="delete all older than the newest N whole ones")
+    action.add_argument("--export", metavar="FILE", help="write the newest whole one's weights to FILE.safetensors")
+    saved.add_argument("--kind", choices=("ema", "model"), default="ema", help="weights to export (default averaged)")
+    saved.set_defaults(run=_checkpoints)
     return parser
 
 
@@ -46,6 +58,21 @@ def _recipes(_: argparse.Namespace) -> int:
     from dsmoe.base.recipe import list_recipes
 
     _print_table(list_recipes())
+    return 0
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from dsmoe.checkpoint import command
+
+    store = command.open_store(arguments.folder)
+    if arguments.export:
+        print(command.export(store, arguments.export, arguments.kind))
+    elif arguments.prune is not None:
+        gone = command.prune(store, arguments.prune)
+        print(f"deleted {', '.join(gone)}" if gone else "nothing to delete")
+    else:
+        for name, facts in command.listing(store, arguments.verify):
+            print(f"{name}  {facts}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The ways in which ds_configs, command lines and launch environments can be wrong. For test_bad_input."""
 
-from bad_inputs import SMALL, Case, engine
+from bad_inputs import Case, engine
 
 ENGINES = [
     engine(
@@ -8,7 +8,7 @@ ENGINES = [
     ),
     Case(
         name="engine file a folder",
-        argv=("--deepspeed_config", "."),
+        argv=("--deepspeed_config", ".", "--recipe", "base.yaml"),
         says=("--deepspeed_config .", "Is a directory", "give"),
     ),
     engine("engine file not JSON", '{"bf16": {},}', says=("mine.json is not valid JSON", "line 1", "railing commas")),
@@ -109,7 +109,9 @@ ENGINES = [
 
 COMMANDS = [
     Case(
-        name="no engine file", argv=tuple(SMALL), says=("--deepspeed_config is missing", "ds_configs/quickstart.json")
+        name="no engine file",
+        argv=("--recipe", "base.yaml"),
+        says=("--deepspeed_config is missing", "ds_configs/quickstart.json"),
     ),
     Case(
         name="empty engine file name",

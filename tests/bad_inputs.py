@@ -7,17 +7,19 @@ import json
 from dataclasses import dataclass, field
 
 from made_images import png
+from made_plan import RECIPE_FILE
 
 ENGINE = {"dsmoe": {"about": "for tests"}, "zero_optimization": {"stage": 1}}
-SMALL = ["codec.name=none", "data.resolution=32", "data.size=64", "model.preset=nano-4E2A", "model.patch=4"]
-DEFAULT_FAILED = "runs/quickstart-rejected"
+GOOD_FILES = {"engine.json": ENGINE, "base.yaml": RECIPE_FILE}
+GOOD_COMMAND = ("--deepspeed_config", "engine.json", "--recipe", "base.yaml")
+DEFAULT_FAILED = "runs/base-rejected"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A wrong command, run in an empty folder that holds engine.json (good) and `files`.
+    """A wrong command, run in a folder that holds GOOD_FILES and `files`.
 
-    args: after `--deepspeed_config engine.json` and the overrides SMALL. argv: instead of all that.
+    args: what follows GOOD_COMMAND. argv: instead of both.
     files: name -> content; a mapping becomes JSON, None an empty folder. says: parts of the line.
     environ: replaces launch variables (None takes one away). failed: where FAILED must lie.
     """
@@ -32,15 +34,19 @@ class Case:
 
     def write(self, folder) -> list[str]:
         """Make the files; returns the command's arguments."""
-        for name, content in {"engine.json": ENGINE, **self.files}.items():
-            path = folder / name
-            if content is None:
-                path.mkdir(parents=True)
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content) if isinstance(content, dict) else content
-            path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return list(self.argv if self.argv is not None else ("--deepspeed_config", "engine.json", *SMALL, *self.args))
+        write_files(folder, {**GOOD_FILES, **self.files})
+        return list(self.argv if self.argv is not None else (*GOOD_COMMAND, *self.args))
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        if content is None:
+            path.mkdir(parents=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(content) if isinstance(content, dict) else content
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def override(name, *args, says):
@@ -59,7 +65,9 @@ def engine(name, content, *args, says):
     """A ds_config with this content (a mapping is added to the good one)."""
     content = {**ENGINE, **content} if isinstance(content, dict) else content
     files = {} if content is None else {"mine.json": content}
-    return Case(name=name, argv=("--deepspeed_config", "mine.json", *SMALL, *args), files=files, says=says)
+    return Case(
+        name=name, argv=("--deepspeed_config", "mine.json", "--recipe", "base.yaml", *args), files=files, says=says
+    )
 
 
 def photos(name, files, *, says, path="photos"):

@@ -201,6 +201,24 @@ class ReportSpec:
         _require(self.cfg_channels in (3, "all"), "report.cfg_channels", self.cfg_channels, "3 or all")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    """Resumable checkpoints while training, counted in images; a run that is asked to stop always makes one.
+
+    every: 0 makes none at intervals. keep: the newest that stay. keep_every: beside them one for every so many images
+    stays, 0 for none.
+    """
+
+    every: int = 0
+    keep: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "0 (off) or more images")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 (off) or more images")
+
+
 _NO_SCIENCE = {"metadata": _POLICY}
 
 
@@ -219,6 +237,7 @@ class Recipe:
     ema: EmaSpec = field(default_factory=lambda: EmaSpec(decay=0.9999))
     train: TrainSpec
     report: ReportSpec = field(default_factory=ReportSpec, **_NO_SCIENCE)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec, **_NO_SCIENCE)
 
     def __post_init__(self) -> None:
         if not self.name or any(c not in _NAME_CHARACTERS for c in self.name):

@@ -26,14 +26,6 @@ from dsmoe.runtime.logging import get_logger
 _SPARE_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the newest `keep`, and one for every `keep_every` images (0: none)."""
-
-    keep: int
-    keep_every: int
-
-
 @dataclass
 class _Pending:
     """A checkpoint being written."""
@@ -46,10 +38,13 @@ class _Pending:
 
 
 class Saver:
-    """Writes the checkpoints of one run; every rank has one and calls it in the same order."""
+    """Writes the checkpoints of one run; every rank has one and calls it in the same order.
 
-    def __init__(self, store: Store, lease: Lease, retention: Retention) -> None:
-        self._store, self._lease, self._retention = store, lease, retention
+    keep, keep_every: which stay, as in `Store.prune`.
+    """
+
+    def __init__(self, store: Store, lease: Lease, keep: int, keep_every: int = 0) -> None:
+        self._store, self._lease, self._kept = store, lease, (keep, keep_every)
         self._pending: _Pending | None = None
         self._serial = 0
         self._log = get_logger("checkpoint")
@@ -62,13 +57,13 @@ class Saver:
     def begin(self, images_seen: int, pieces: Iterable[Piece], state: dict, total_bytes: int) -> None:
         """Copy the pieces to host memory and start writing them; one at a time.
 
-        state: plain data, the same on every rank. total_bytes: of all ranks' pieces together.
+        state: plain data, rank 0's counts; it is not to change afterwards. total_bytes: of all ranks' pieces together.
         """
         assert not self.busy, "a checkpoint is being written"
         host = [replace(piece, tensor=_host_copy(piece.tensor)) for piece in pieces]
         self._serial += 1
         folder = self._store.temporary(images_seen, f"{self._lease.generation}-{self._lease.holder[:8]}-{self._serial}")
-        thread = threading.Thread(target=self._write, args=(host, total_bytes), name="checkpoint")
+        thread = threading.Thread(target=self._write, args=(host, total_bytes), name="checkpoint", daemon=True)
         self._pending = _Pending(images_seen, folder, state, thread)
         thread.start()
 
@@ -124,10 +119,14 @@ class Saver:
         self._lease.verify()
         try:
             path = self._store.commit(pending.folder, pending.images_seen, ranks, pending.state)
-            gone = self._store.prune(self._retention.keep, self._retention.keep_every)
         except (OSError, CheckpointError) as error:
             self._remove(pending, "it could not be committed", error)
             return
+        try:
+            gone = self._store.prune(*self._kept)
+        except OSError as error:
+            gone = []
+            self._log.warning("old checkpoints in %s could not be removed (%s)", self._store.root, error)
         dropped = f", dropped {', '.join(f'{n:,}' for n in gone)}" if gone else ""
         self._log.info("checkpoint %s%s", path, dropped)
 

@@ -5,6 +5,7 @@ happened. `latest` is for people and other tools: dsmoe looks at the folders the
 Functions here are of one process; who does what when there are many is the caller's matter (saver).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -96,7 +97,8 @@ class Store:
         target = self.path(images_seen)
         os.rename(temporary, target)
         sync_folder(self.root)
-        write_text_atomically(self.root / LATEST, target.name + "\n")
+        with contextlib.suppress(OSError):  # a disk filled up this very moment; the checkpoint stands without it
+            write_text_atomically(self.root / LATEST, target.name + "\n")
         return target
 
     def prune(self, keep: int, keep_every: int = 0) -> list[int]:
@@ -113,19 +115,24 @@ class Store:
             stay |= {n for number, n in window.items() if number}
         gone = [n for n in oldest_first if n not in stay]
         for images_seen in gone:
-            # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
-            doomed = self.temporary(images_seen, "deleted")
-            os.rename(self.path(images_seen), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            self.remove(images_seen)
         return gone
+
+    def remove(self, images_seen: int) -> None:
+        """Delete a committed checkpoint."""
+        # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
+        doomed = self.temporary(images_seen, "deleted")
+        os.rename(self.path(images_seen), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def size(self, images_seen: int) -> int:
         """Bytes of a checkpoint's files."""
         return sum(p.stat().st_size for p in self.path(images_seen).iterdir())
 
     def free(self) -> int:
-        """Bytes that can still be written here; the root exists."""
-        return shutil.disk_usage(self.root).free
+        """Bytes that can still be written here, or in the nearest folder above that exists."""
+        path = self.root.absolute()
+        return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
 def _stated_shard(temporary: Path, rank: int) -> dict:

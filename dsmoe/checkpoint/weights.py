@@ -40,6 +40,8 @@ def save_weights(path: Path, weights: Weights) -> None:
     try:
         save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary, metadata=metadata)
         os.replace(temporary, path)
+    except SafetensorError as error:  # how the library reports a full disk or a missing folder
+        raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -113,9 +113,9 @@ class KLCodec(nn.Module):
                 "launchers/train_codec.py, or no path for the weights that ship with dsmoe"
             )
         tensors, metadata = read_safetensors(file)
+        self.scale = _scale(metadata, file)
         self.network = KLAutoencoder()
         load_strict(self.network, tensors, str(file))
-        self.scale = _scale(metadata, file)
         self.provenance = provenance(self.name, file_sha256(file), self.scale, self.factor)
         self.requires_grad_(False).eval()
 

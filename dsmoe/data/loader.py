@@ -4,6 +4,7 @@ Not here: what the batches hold (order), how an item is read (the data sets).
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -112,7 +113,11 @@ def read_batches(
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # torch is imported once and its pages are shared
-        several = {"multiprocessing_context": context, "prefetch_factor": prefetch}
+        several = {
+            "multiprocessing_context": context,
+            "prefetch_factor": prefetch,
+            "worker_init_fn": _leave_stopping_to_the_trainer,
+        }
     loader = DataLoader(
         _Reader(dataset),
         batch_size=None,
@@ -153,6 +158,14 @@ class _Reader(Dataset):
         )
         faults = self._dataset.drain_faults() if isinstance(self._dataset, FaultReporter) else ()
         return ReadBatch(batch, faults)
+
+
+def _leave_stopping_to_the_trainer(_: int) -> None:
+    """Outlive the signals that ask a job to stop: schedulers send them to every process, and the trainer still has a
+    step to finish and a checkpoint to write. Workers end when it tells them to, or when it is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(answer: ReadBatch | UserError) -> ReadBatch | UserError:

@@ -14,6 +14,7 @@ from dsmoe.models.dit import ModelStats
 from dsmoe.preprocess.memory import LatentBatch, posterior_of
 from dsmoe.runtime import distributed
 from dsmoe.tasks.class_conditional import ClassConditional
+from dsmoe.training.checkpoints import Checkpoints
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine
 from dsmoe.training.health import GradientWatch
@@ -37,19 +38,28 @@ class Training:
     telemetry: Telemetry
     sheets: SampleSheets
     device: torch.device
+    checkpoints: Checkpoints | None = None
+    start_step: int = 0
 
 
 def train(run: Training) -> None:
-    """Train from the first image to the last; TrainingFailure on a non-finite loss or gradient."""
+    """Train from start_step to the last image; TrainingFailure on a non-finite loss or gradient.
+
+    Stopped when the run was asked to stop and has saved itself.
+    """
     recipe = run.plan.recipe
-    for step in range(recipe.train.steps):
+    for step in range(run.start_step, recipe.train.steps):
         report = take_step(run, step)
         run.ema.update()
         run.telemetry.push(report)
         if run.sheets.due(step + 1):
             run.telemetry.flush()
             run.sheets.draw(run.engine, run.ema, (step + 1) * recipe.train.global_batch)
+        if run.checkpoints is not None:
+            run.checkpoints.after_step(step + 1)
     run.telemetry.flush()
+    if run.checkpoints is not None:
+        run.checkpoints.close()
 
 
 def take_step(run: Training, step: int) -> StepReport:
@@ -72,6 +82,8 @@ def take_step(run: Training, step: int) -> StepReport:
             load = stats.load / accumulation if load is None else load + stats.load / accumulation
     figures[5] = run.watch.take()
     figures[6] = run.engine.gradient_norm()
+    if run.checkpoints is not None:
+        figures[8:] = torch.tensor(run.checkpoints.figures())
     if load is not None and recipe.balance.scope == "step":
         shared = distributed.all_reduce_(load.clone(), "mean")
         for block, of_layer in zip(run.engine.model.blocks, shared, strict=True):

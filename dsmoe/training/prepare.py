@@ -15,6 +15,8 @@ from dsmoe.base.errors import ConfigError, UserError, choose_from
 from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
 from dsmoe.base.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from dsmoe.base.run_folder import RunFolder, default_run_folder
+from dsmoe.checkpoint.saver import require_space
+from dsmoe.checkpoint.store import Store
 from dsmoe.codec import build as build_codec
 from dsmoe.codec.protocol import Codec
 from dsmoe.data.dataset import ImageDataset, build_dataset
@@ -24,6 +26,7 @@ from dsmoe.preprocess.memory import check_budget
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.distributed import LaunchPlace
 from dsmoe.training.optimizer import choose_implementation, learning_rate
+from dsmoe.training.state import total_bytes
 
 EMA_START_SHARE = 0.05
 
@@ -135,6 +138,8 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
     folder.check(plan)
+    if not folder.done.exists():
+        require_space(Store(folder.checkpoints), total_bytes(model.parameters))
     return Prepared(plan, policy, batch, dataset, codec, device, folder)
 
 

@@ -1,6 +1,7 @@
 """A class-conditional pretraining run from command line to DONE: the order of things, and how a run ends.
 
-Exit codes: 0 done; 2 the user's input was wrong (found before process groups and model exist); 1 training failed.
+Exit codes: 0 done; 2 the user's input was wrong (found before process groups and model exist); 1 training failed;
+75 asked to stop by SIGTERM or SIGUSR1 and saved: the same command goes on.
 """
 
 import os
@@ -16,6 +17,8 @@ import torch
 from dsmoe.base.errors import EXIT_BAD_INPUT, ConfigError, TrainingFailure, UserError
 from dsmoe.base.plan import Plan, describe
 from dsmoe.base.run_folder import Lease, RunFolder, rejected_run_folder
+from dsmoe.checkpoint.saver import Saver
+from dsmoe.checkpoint.store import Store
 from dsmoe.checkpoint.weights import Weights, new_model, save_weights
 from dsmoe.data.dataset import FaultReporter, ImageDataset
 from dsmoe.data.loader import Batch, BatchLoader
@@ -27,6 +30,8 @@ from dsmoe.preprocess.memory import LatentBatch, MemoryLatents, Sharing, encode_
 from dsmoe.runtime import distributed, logging
 from dsmoe.runtime.distributed import LaunchPlace
 from dsmoe.tasks.class_conditional import ClassConditional
+from dsmoe.training import state
+from dsmoe.training.checkpoints import Checkpoints, Stopped, StopRequest, open_newest
 from dsmoe.training.deepspeed_patches import skip_shm_op
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine, build_engine
@@ -38,6 +43,7 @@ from dsmoe.training.sampling import SampleSheets, full_weights
 from dsmoe.training.telemetry import Telemetry, draw_losses, read_metrics
 
 EXIT_FAILED = 1
+EXIT_STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "requeue"
 # Launchers end all ranks as soon as one has ended, so the others give rank 0 this long to say why.
 PATIENCE_SECONDS = 5.0
 
@@ -91,7 +97,12 @@ def run(prepared: Prepared, place: LaunchPlace) -> int:
         lease = _shared_lease(_open_folder(prepared), folder)
         logging.attach_run_folder(folder.path, place.rank)
         _announce(prepared.plan, folder)
-        _run_all(prepared, lease)
+        with StopRequest() as stop:
+            _run_all(prepared, lease, stop)
+    except Stopped:
+        logging.get_logger().info("stopped as asked; the same command goes on from %s", folder.checkpoints)
+        distributed.shutdown()
+        return EXIT_STOPPED
     except UserError as error:
         return _failed(folder, lease, one_line(error), EXIT_BAD_INPUT)
     except TrainingFailure as error:
@@ -129,18 +140,34 @@ def _announce(plan: Plan, folder: RunFolder) -> None:
     logging.get_logger().info("run folder %s", folder.path)
 
 
-def _run_all(prepared: Prepared, lease: Lease) -> None:
+def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
     plan, device = prepared.plan, prepared.device.torch_device
+    recipe, store = plan.recipe, Store(prepared.folder.checkpoints)
+    saved = open_newest(store)
+    start = saved.state["steps"] if saved else 0
     prepared.codec.to(device)
-    batches = _batches(prepared, device)
+    batches = _batches(prepared, device, start)
     engine = _engine(prepared, device)
-    recipe = plan.recipe
+    ema = Ema(engine, recipe.ema.step_decay(recipe.train.global_batch))
+    if saved:
+        state.load(engine, ema, saved)
+        if distributed.is_main():
+            logging.get_logger().info("resumed at %s images from %s", f"{saved.state['images_seen']:,}", saved.folder)
     schedule = make_schedule(recipe.diffusion.schedule, recipe.diffusion.timesteps)
-    telemetry = Telemetry(plan, lease, prepared.folder.path, prepared.device, engine.dtype)
+    telemetry = Telemetry(
+        plan,
+        lease,
+        prepared.folder.path,
+        prepared.device,
+        engine.dtype,
+        start * recipe.train.global_batch,
+        saved.state["telemetry"] if saved else None,
+    )
+    saver = Saver(store, lease, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
     training = Training(
         plan=plan,
         engine=engine,
-        ema=Ema(engine, recipe.ema.step_decay(recipe.train.global_batch)),
+        ema=ema,
         batches=batches,
         codec=prepared.codec,
         objective=Objective(
@@ -153,14 +180,16 @@ def _run_all(prepared: Prepared, lease: Lease) -> None:
         telemetry=telemetry,
         sheets=SampleSheets(plan, prepared.codec, prepared.folder.samples, device),
         device=device,
+        checkpoints=Checkpoints(plan, saver, stop, engine, ema, telemetry),
+        start_step=start,
     )
     train(training)
     _report_damage(prepared.dataset)
     _finish(prepared, training, lease)
 
 
-def _batches(prepared: Prepared, device: torch.device) -> Iterator[Batch | LatentBatch]:
-    """This rank's micro-batches of the whole run, from images or from latents encoded once into memory."""
+def _batches(prepared: Prepared, device: torch.device, start: int) -> Iterator[Batch | LatentBatch]:
+    """This rank's micro-batches from step `start` on, from images or from latents encoded once into memory."""
     plan, policy = prepared.plan, prepared.policy
     recipe, rank, world = plan.recipe, distributed.rank(), distributed.world_size()
     layout = BatchLayout(
@@ -170,7 +199,7 @@ def _batches(prepared: Prepared, device: torch.device) -> Iterator[Batch | Laten
         rank=rank,
     )
     order = SampleOrder(recipe.train.seed, plan.data.items)
-    span = {"start_step": 0, "num_steps": recipe.train.steps, "flip": recipe.data.flip}
+    span = {"start_step": start, "num_steps": recipe.train.steps - start, "flip": recipe.data.flip}
     if recipe.codec.cache == "memory":
         return _encode(prepared, device).micro_batches(order, layout, **span)
     loader = BatchLoader(

@@ -1,6 +1,7 @@
 """What a run says of itself: console lines, metrics.jsonl, TensorBoard, the loss plot."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dsmoe.runtime.device import Device
 from dsmoe.runtime.logging import get_logger
 from dsmoe.training.health import check_finite
 
-FIELDS = ("loss", "mse", "vb", "balance", "z_loss", "bad_gradient", "grad_norm", "data_seconds")
+FIELDS = ("loss", "mse", "vb", "balance", "z_loss", "bad_gradient", "grad_norm", "data_seconds", "stop", "saved")
 MEANS = ("loss", "mse", "vb", "balance", "z_loss", "grad_norm")
 
 
@@ -43,17 +44,33 @@ def gather_report(step: int, learning_rate: float, figures: torch.Tensor, load: 
 class Telemetry:
     """Reads step reports one step late, so that a GPU never waits for the host, and writes at every interval."""
 
-    def __init__(self, plan: Plan, lease: Lease | None, folder: Path, device: Device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        lease: Lease | None,
+        folder: Path,
+        device: Device,
+        dtype: torch.dtype,
+        images_seen: int = 0,
+        resumed: dict | None = None,
+    ) -> None:
+        """resumed: the `position` at images_seen to go on from; what an attempt that came further wrote is dropped."""
+        resumed = resumed or {"bytes": 0, "elapsed": 0.0, "window": 0.0, "rows": [], "load": None}
         self._plan, self._lease, self._device = plan, lease, device
         self._folder = folder
         self._pending: StepReport | None = None
-        self._rows: list[dict[str, float]] = []
-        self._load: torch.Tensor | None = None
+        self._rows: list[dict[str, float]] = list(resumed["rows"])
+        self._load = None
+        if resumed["load"] is not None:
+            self._load = torch.tensor(resumed["load"], device=device.torch_device)
+        self.heard: list[dict[str, float]] = []
         self._log_steps = max(1, round(plan.recipe.report.log_every / plan.recipe.train.global_batch))
         self._rate = device.matmul_rate(dtype)
         self._peak = device.peak_flops(dtype)
-        self._started = self._since = time.perf_counter()
-        self._writer = _tensorboard(folder / "tb")
+        now = time.perf_counter()
+        self._started, self._since = now - resumed["elapsed"], now - resumed["window"]
+        _cut(folder / "metrics.jsonl", resumed["bytes"])
+        self._writer = _tensorboard(folder / "tb", images_seen)
 
     @property
     def elapsed(self) -> float:
@@ -66,11 +83,27 @@ class Telemetry:
         if pending is not None:
             self._read(pending)
 
-    def flush(self) -> None:
+    def settle(self) -> None:
         """Read the last report too: call before anything is saved."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._read(pending)
+
+    def position(self) -> dict:
+        """Where the figures stand, as plain data for `resumed`: all ranks call it, after `settle`; rank 0's counts."""
+        now, metrics = time.perf_counter(), self._folder / "metrics.jsonl"
+        load = None if self._load is None else distributed.all_reduce_(self._load.clone(), "mean").tolist()
+        return {
+            "bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "elapsed": now - self._started,
+            "window": now - self._since,
+            "rows": list(self._rows),
+            "load": load,
+        }
+
+    def flush(self) -> None:
+        """Read the last report and log what has not been logged yet."""
+        self.settle()
         if self._rows:
             self._log(self._rows[-1])
 
@@ -80,8 +113,8 @@ class Telemetry:
             self._writer.close()
 
     def _read(self, report: StepReport) -> None:
-        ranks = [dict(zip(FIELDS, row, strict=True)) for row in report.figures.tolist()]
-        row = {name: sum(r[name] for r in ranks) / len(ranks) for name in FIELDS}
+        ranks = self.heard = [dict(zip(FIELDS, row, strict=True)) for row in report.figures.tolist()]
+        row = {name: sum(r[name] for r in ranks) / len(ranks) for name in (*MEANS, "data_seconds")}
         check_finite(
             report.step + 1,
             [r["loss"] for r in ranks],
@@ -169,10 +202,17 @@ def console_line(record: dict[str, object], steps: int) -> str:
 
 
 @distributed.on_main
-def _tensorboard(folder: Path) -> object:
+def _tensorboard(folder: Path, images_seen: int) -> object:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=images_seen + 1)
+
+
+@distributed.on_main
+def _cut(metrics: Path, size: int) -> None:
+    """Drop the records that an earlier attempt wrote after the point from which this one goes on."""
+    if metrics.exists() and metrics.stat().st_size > size:
+        os.truncate(metrics, size)
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -20,7 +20,7 @@ from dsmoe.base.run_folder import Lease, RunFolder
 from dsmoe.checkpoint.choice import newest_whole
 from dsmoe.checkpoint.manifest import Piece, seal, unseal
 from dsmoe.checkpoint.reader import Reader
-from dsmoe.checkpoint.saver import Retention, Saver
+from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store
 from dsmoe.checkpoint.writer import write_shard
 
@@ -67,7 +67,7 @@ def make(store, images_seen, world=2):
 
 
 def save(store, images_seen, lease=None):
-    saver = Saver(store, lease or lease_of(store), Retention(3, 0))
+    saver = Saver(store, lease or lease_of(store), 3)
     saver.begin(images_seen, pieces_of(0, 1), {"steps": 1}, 1000)
     return saver, saver.finish()
 
@@ -99,7 +99,7 @@ def test_unknown_shapes_and_holes_are_refused_by_name(store):
         reader.fill("a.weight", "master", (4, 3), 0, torch.empty(12))
     with pytest.raises(CheckpointError, match="holds c as nothing"):
         reader.fill("c", "master", (1,), 0, torch.empty(1))
-    with pytest.raises(CheckpointError, match="holds 0 of the 5 elements of ema b.bias"):
+    with pytest.raises(CheckpointError, match=r"holds 0 of the 5 elements of ema b\.bias"):
         reader.fill("b.bias", "ema", (5,), 0, torch.empty(5))
 
 
@@ -141,7 +141,7 @@ def test_the_ranks_share_the_hashing(store):
 
 def test_all_damaged_is_refused_not_started_over(store):
     (make(store, 8) / "rank00000.json").unlink()
-    with pytest.raises(CheckpointError, match="every checkpoint .* is damaged .*rank00000.json is missing"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged .*rank00000\.json is missing"):
         newest_whole(store)
     assert store.committed() == [8]
 
@@ -208,7 +208,7 @@ def test_saver_commits_and_moves_latest_last(store):
 
 def test_the_copy_is_taken_when_saving_begins(store):
     pieces = pieces_of(0, 1)
-    saver = Saver(store, lease_of(store), Retention(3, 0))
+    saver = Saver(store, lease_of(store), 3)
     saver.begin(8, pieces, {}, 1000)
     for piece in pieces:
         piece.tensor.zero_()
@@ -267,7 +267,7 @@ def test_a_write_that_fails_midway_leaves_nothing(store, caplog, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(store, caplog):
-    saver = Saver(store, lease_of(store), Retention(1, 0))
+    saver = Saver(store, lease_of(store), 1)
     store.root.rmdir()
     store.root.write_text("in the way")  # permission bits would not stop root
     saver.begin(8, pieces_of(0, 1), {}, 1000)
@@ -278,14 +278,14 @@ def test_a_folder_that_cannot_be_written_is_one_warning(store, caplog):
 
 def test_a_fault_that_is_not_the_disks_is_raised_on_the_main_thread(store, monkeypatch):
     monkeypatch.setattr("dsmoe.checkpoint.saver.write_shard", lambda *_: 1 / 0)
-    saver = Saver(store, lease_of(store), Retention(1, 0))
+    saver = Saver(store, lease_of(store), 1)
     saver.begin(8, pieces_of(0, 1), {}, 1000)
     with pytest.raises(ZeroDivisionError):
         saver.finish()
 
 
 def test_a_late_job_commits_nothing(store):
-    saver = Saver(store, lease_of(store), Retention(1, 0))
+    saver = Saver(store, lease_of(store), 1)
     saver.begin(8, pieces_of(0, 1), {}, 1000)
     lease_of(store)
     with pytest.raises(TrainingFailure, match="taken over by a later job"):
@@ -298,10 +298,10 @@ KILLED = """
     from pathlib import Path
     from dsmoe.base.run_folder import Lease, RunFolder
     from dsmoe.checkpoint.manifest import Piece
-    from dsmoe.checkpoint.saver import Retention, Saver
+    from dsmoe.checkpoint.saver import Saver
     from dsmoe.checkpoint.store import Store
     run = Path(sys.argv[1])
-    saver = Saver(Store(run / "ckpt"), Lease.take(RunFolder(run)), Retention(3, 0))
+    saver = Saver(Store(run / "ckpt"), Lease.take(RunFolder(run)), 3)
     for n in range(8, 10**6, 8):
         saver.begin(n, [Piece("master", "w", (1 << 20,), 0, torch.full((1 << 20,), float(n)))], {}, 1 << 22)
         saver.finish()

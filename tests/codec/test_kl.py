@@ -14,8 +14,8 @@ from dsmoe.codec.kl import FORMAT, WEIGHTS, KLAutoencoder, KLCodec
 from dsmoe.codec.quality import psnr, reconstruction_psnr
 from dsmoe.data.scenes import Scenes
 
-DOCUMENTED_PSNR = 0.0
-MARGIN = 0.3
+DOCUMENTED_PSNR = 28.90  # docs/codecs.md: mean over these 64 scenes
+MARGIN = 0.1  # other CPUs sum convolutions in another order; that moves single pixels, not the mean
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_keys_are_strict(tmp_path: Path) -> None:
 
 
 def test_it_is_cheap(codec: KLCodec, scenes: torch.Tensor) -> None:
-    """Seen on one core: 550 encoded and 350 decoded images of 64 px a second; a fifth of that must hold."""
+    """Seen on one core: 580 encoded and 415 decoded images of 64 px a second; a fifth of that must hold."""
     codec.encode(scenes)
     latents = codec.encode(scenes[:32]).mean
     started = time.process_time()
@@ -145,4 +145,4 @@ def test_it_is_cheap(codec: KLCodec, scenes: torch.Tensor) -> None:
     codec.decode(latents)
     decoded = time.process_time()
     assert 64 / (encoded - started) > 100
-    assert 32 / (decoded - encoded) > 60
+    assert 32 / (decoded - encoded) > 80

@@ -122,12 +122,12 @@ def test_keys_are_strict(made_up: Path, file: str, change: object, said: str) ->
 
 
 def test_real_weights_on_real_photographs() -> None:
-    """Seen once: 28.5, 28.4, 29.9, 33.6 dB on these four (documented elsewhere: 26.7, 26.4, 22.9 on other photos).
+    """Seen once: 28.5, 28.4, 29.9 dB on these three (documented elsewhere: 26.7, 26.4, 22.9 on other photos).
 
     A codec with a wrong range, clamp or channel order falls below 20 dB on all of them. Not every photo reaches 20:
     the sixth in path order, fine texture, gives 16.7.
     """
-    folder, images = require("taesd"), _photographs(4)
+    folder, images = require("taesd"), _photographs(3)
     codec = TaesdCodec(folder)
     assert reconstruction_psnr(codec, images, batch=2).min() > 26.0
     latents = codec.encode(images).mean

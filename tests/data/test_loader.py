@@ -1,5 +1,7 @@
 import gc
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,19 @@ def test_workers_start_after_gloo_and_end_with_the_loop(root: Path, tmp_path: Pa
         assert multiprocessing.active_children() == []
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_job_leaves_the_workers_reading(root: Path, number: int) -> None:
+    batches = iter(_loader(root, micro=4, workers=2))
+    given = [next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+    given += list(batches)
+    assert len(given) == 12
+    del batches
+    gc.collect()
+    assert multiprocessing.active_children() == []
 
 
 def test_a_batch_moves_whole() -> None:

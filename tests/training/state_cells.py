@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsmoe.base.run_folder import Lease, RunFolder
 from dsmoe.checkpoint.choice import newest_whole
-from dsmoe.checkpoint.saver import Retention, Saver
+from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store
 from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
@@ -48,7 +48,7 @@ def settings(name, stage):
 
 def saver_in(root):
     root.mkdir(exist_ok=True)
-    return Saver(Store(root), Lease(RunFolder(root.parent), 1, "test-holder"), Retention(1, 0))
+    return Saver(Store(root), Lease(RunFolder(root.parent), 1, "test-holder"), 1)
 
 
 def begin(saver, run):

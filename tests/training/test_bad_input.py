@@ -1,6 +1,5 @@
 """Bad input is found before process groups and model exist, told once, in one line, and ends every rank with code 2."""
 
-import json
 import logging
 import os
 import subprocess
@@ -11,7 +10,7 @@ import bad_engines
 import bad_inputs
 import pytest
 import torch
-from bad_inputs import DEFAULT_FAILED, ENGINE, SMALL
+from bad_inputs import DEFAULT_FAILED, ENGINE, GOOD_COMMAND, GOOD_FILES, write_files
 from distributed_harness import launch
 
 from dsmoe.base.run_folder import rejected_run_folder
@@ -50,6 +49,7 @@ def command(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, GOOD_FILES)
     monkeypatch.setattr(pretrain, "PATIENCE_SECONDS", 0)
     monkeypatch.setattr(DiT, "__init__", never)
     monkeypatch.setattr(pretrain, "new_model", never)
@@ -98,8 +98,7 @@ def test_other_science_in_the_run_folder_is_refused_with_the_changed_keys(comman
     from dsmoe.runtime.launch_environment import discover
     from dsmoe.training.prepare import parse_command, prepare
 
-    (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
-    argv = ["--deepspeed_config", "engine.json", "--run", "mine", *SMALL]
+    argv = [*GOOD_COMMAND, "--run", "mine"]
     plan = prepare(parse_command(argv, ""), discover(rank_environment(0))).plan
     RunFolder(Path("mine")).create(plan)
     before = Path("mine/plan.json").read_bytes()
@@ -122,8 +121,7 @@ def test_other_science_in_the_run_folder_is_refused_with_the_changed_keys(comman
 
 
 def test_a_rank_beyond_the_world_size_speaks_for_itself(command, tmp_path):
-    (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
-    code, out, err = command(["--deepspeed_config", "engine.json", *SMALL], rank_environment(2, 2))
+    code, out, err = command([*GOOD_COMMAND], rank_environment(2, 2))
     assert (code, out) == (EXIT_BAD_INPUT, "")
     assert err == Path("runs/command-rejected/FAILED").read_text()
     for words in ("rank 2 of world size 2", "0..1", "check RANK and WORLD_SIZE"):
@@ -132,7 +130,6 @@ def test_a_rank_beyond_the_world_size_speaks_for_itself(command, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file whose content cannot be read")
 def test_files_whose_content_cannot_be_read_are_named(command, tmp_path):
-    (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
     for name in ("mine.yaml", "mine.json"):
         (tmp_path / name).symlink_to("/proc/self/mem")
     for argv, words in (
@@ -146,34 +143,31 @@ def test_files_whose_content_cannot_be_read_are_named(command, tmp_path):
 
 def test_a_good_command_gets_past_all_checks(command, tmp_path, monkeypatch):
     """The base of the cases is good: what they are refused for is what they change."""
-    (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
     for rank in (0, 1):
-        code, out, err = command(["--plan", "--deepspeed_config", "engine.json", *SMALL], rank_environment(rank))
+        code, out, err = command(["--plan", *GOOD_COMMAND], rank_environment(rank))
         assert (code, err) == (0, "")
         assert ("science hash" in out) == (rank == 0)
     assert not Path("runs").exists()
     reached = []
     monkeypatch.setattr(pretrain, "run", lambda prepared, place: reached.append(place.rank) or 0)
-    options = ["train.seed=4", "--deepspeed_config", "engine.json", *SMALL, "--run", "mine", "train.images=6000"]
+    options = ["train.seed=4", *GOOD_COMMAND, "--run", "mine", "train.images=6000"]
     assert command(options, rank_environment(1))[0] == 0
     assert reached == [1]
 
 
 def test_correcting_the_mistake_clears_the_way(command, tmp_path, monkeypatch):
-    (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
-    argv = ["--deepspeed_config", "engine.json", *SMALL, "--run", "mine"]
+    argv = [*GOOD_COMMAND, "--run", "mine"]
     assert command([*argv, "optimizer.lr=0"], rank_environment(0))[0] == EXIT_BAD_INPUT
     assert Path("mine/FAILED").exists()
-    assert rejected_run_folder("mine", "quickstart").path == tmp_path / "mine"
+    assert rejected_run_folder("mine", "base.yaml").path == tmp_path / "mine"
     monkeypatch.setattr(pretrain, "run", lambda prepared, place: 0)
     assert command(argv, rank_environment(0))[0] == 0
 
 
 def test_too_few_gpus_are_met_by_every_rank_of_the_host(command, tmp_path, monkeypatch):
-    (tmp_path / "engine.json").write_text(json.dumps(ENGINE))
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr("dsmoe.runtime.device.gpu_count", lambda: 2)
-    argv = ["--deepspeed_config", "engine.json", *SMALL, "train.global_batch=128"]
+    argv = [*GOOD_COMMAND]
     for rank in range(4):
         code, out, err = command(argv, rank_environment(rank, world_size=4))
         assert (code, out) == (EXIT_BAD_INPUT, "")
@@ -190,6 +184,11 @@ def test_other_ranks_wait_for_rank_0_to_speak(command, tmp_path, monkeypatch):
         assert waited == [3.5] * rank
 
 
+def command_in(folder):
+    """GOOD_COMMAND for ranks that start elsewhere."""
+    return [LAUNCHER, "--deepspeed_config", folder / "engine.json", "--recipe", folder / "base.yaml"]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("content", "args", "words"),
@@ -199,10 +198,9 @@ def test_other_ranks_wait_for_rank_0_to_speak(command, tmp_path, monkeypatch):
     ],
 )
 def test_real_ranks_end_with_code_2_and_one_line(tmp_path, content, args, words):
-    engine = tmp_path / "engine.json"
-    engine.write_text(json.dumps({**ENGINE, **content}))
+    write_files(tmp_path, {**GOOD_FILES, "engine.json": {**ENGINE, **content}})
     folder = tmp_path / "run"
-    results = launch([LAUNCHER, "--deepspeed_config", engine, "--run", folder, *SMALL, *args], 2, timeout=60)
+    results = launch([*command_in(tmp_path), "--run", folder, *args], 2, timeout=60)
     assert [r.returncode for r in results] == [EXIT_BAD_INPUT] * 2
     assert [r.stdout for r in results] == ["", ""]
     assert results[1].stderr == ""
@@ -214,10 +212,8 @@ def test_real_ranks_end_with_code_2_and_one_line(tmp_path, content, args, words)
 
 @pytest.mark.distributed
 def test_a_bad_run_folder_ends_all_ranks_and_not_only_the_one_that_writes(tmp_path):
-    engine, folder = tmp_path / "engine.json", tmp_path / "run"
-    engine.write_text(json.dumps(ENGINE))
-    folder.write_text("a file")
-    results = launch([LAUNCHER, "--deepspeed_config", engine, "--run", folder, *SMALL], 2, timeout=60)
+    write_files(tmp_path, {**GOOD_FILES, "run": "a file"})
+    results = launch([*command_in(tmp_path), "--run", tmp_path / "run"], 2, timeout=60)
     assert [(r.returncode, r.killed) for r in results] == [(EXIT_BAD_INPUT, False)] * 2
     assert "is a file" in results[0].stderr
     assert results[1].stderr == ""
@@ -228,12 +224,12 @@ def test_the_deepspeed_command_passes_the_exit_code_on(tmp_path):
     cli = Path(sys.executable).with_name("deepspeed")
     if not cli.exists():
         pytest.skip("this environment has no deepspeed command")
-    (tmp_path / "engine.json").write_text(json.dumps({**ENGINE, "gradient_clipping": 1.0}))
+    write_files(tmp_path, {**GOOD_FILES, "engine.json": {**ENGINE, "gradient_clipping": 1.0}})
     environ = {k: v for k, v in os.environ.items() if k not in rank_environment(0)}
     path = os.pathsep.join(p for p in (str(ROOT), environ.get("PYTHONPATH", "")) if p)
     environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, cli, "--num_gpus", "2", LAUNCHER, "--deepspeed_config", "engine.json", *SMALL],
+        [sys.executable, cli, "--num_gpus", "2", LAUNCHER, *GOOD_COMMAND],
         cwd=tmp_path, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == EXIT_BAD_INPUT, done.stderr

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_harness import launch
+from made_plan import RECIPE_FILE
 
 from dsmoe.base.errors import TrainingFailure
 from dsmoe.base.presets import ModelSpec
@@ -117,9 +118,8 @@ def test_loss_scaling_skips_bad_gradients_by_itself():
 
 
 TINY = [
-    "codec.name=none", "data.resolution=32", "data.size=32", "model.preset=nano-4E2A", "model.depth=2", "model.dim=32",
-    "model.heads=2", "model.patch=4", "train.global_batch=8", "train.images=80", "optimizer.warmup_images=16",
-    "report.log_every=8", "report.samples=2", "report.sample_steps=2", "ema.half_life_images=20",
+    "model.depth=2", "model.dim=32", "model.heads=2", "data.size=32", "train.global_batch=8", "train.images=80",
+    "optimizer.warmup_images=16", "report.log_every=8", "report.samples=2", "report.sample_steps=2",
 ]  # fmt: skip
 
 
@@ -136,7 +136,9 @@ TINY = [
 def test_a_fault_planted_on_one_rank_ends_all_with_its_name_in_failed(tmp_path, kind, said, logged):
     folder = tmp_path / "run"
     script = Path(__file__).with_name("faulty_run.py")
-    argv = ["--deepspeed_config", ROOT / "ds_configs/quickstart.json", "--run", folder, *TINY]
+    recipe = tmp_path / "base.yaml"
+    recipe.write_text(RECIPE_FILE)
+    argv = ["--deepspeed_config", ROOT / "ds_configs/quickstart.json", "--recipe", recipe, "--run", folder, *TINY]
     results = launch([script, kind, 1, 3, *argv], 2, timeout=150)
     assert [(r.returncode, r.killed) for r in results] == [(1, False), (1, False)], results
     line = (folder / "FAILED").read_text()
@@ -144,7 +146,7 @@ def test_a_fault_planted_on_one_rank_ends_all_with_its_name_in_failed(tmp_path, 
     assert said in line
     assert line.count("\n") == 1
     assert not (folder / "DONE").exists()
-    assert not list((folder / "ckpt").iterdir()), "weights made from a bad step must not be kept"
+    assert not list((folder / "ckpt").rglob("*.safetensors")), "weights made from a bad step must not be kept"
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == logged, "steps before the fault are logged, the faulty one is not"
     if kind != "crash":

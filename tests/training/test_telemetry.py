@@ -13,6 +13,7 @@ from dsmoe.base.run_folder import RunFolder
 from dsmoe.training import telemetry as module
 from dsmoe.training.telemetry import (
     FIELDS,
+    MEANS,
     StepReport,
     Telemetry,
     console_line,
@@ -28,6 +29,8 @@ RATE, PEAK = 1e9, 4e9
 
 class FakeDevice:
     """A device with round numbers."""
+
+    torch_device = torch.device("cpu")
 
     def __init__(self, peak=None):
         self.peak = peak
@@ -73,7 +76,7 @@ def make(tmp_path, clock):
 
 def report(step, ended, ranks=WORLD, load=None, **figures):
     """Figures of one step; a list gives one value a rank."""
-    values = dict.fromkeys(FIELDS, 0.5) | {"bad_gradient": 0.0, "data_seconds": 0.0} | figures
+    values = dict.fromkeys(FIELDS, 0.0) | dict.fromkeys(MEANS, 0.5) | figures
     columns = [v if isinstance(v, list) else [v] * ranks for v in (values[name] for name in FIELDS)]
     return StepReport(step, 1e-4 * (step + 1), ended, torch.tensor(columns).T.contiguous(), load)
 

@@ -1,0 +1,81 @@
+"""`python -m dsmoe checkpoints RUN`: what a run has saved, whether it is whole, fewer of it, weights out of it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsmoe.base.errors import CheckpointError
+from dsmoe.base.plan import Plan
+from dsmoe.base.run_folder import RunFolder
+from dsmoe.checkpoint.reader import Reader, read_state
+from dsmoe.checkpoint.store import Store
+from dsmoe.checkpoint.weights import Weights, save_weights
+
+# Name in a weight file -> state in a checkpoint.
+EXPORTS = {"ema": "ema", "model": "master"}
+
+
+def open_store(run: str) -> Store:
+    """The checkpoints of a run folder; CheckpointError when it is none."""
+    folder = RunFolder(Path(run)).checkpoints
+    if not folder.is_dir():
+        raise CheckpointError(f"{run} is not a run folder (it has no {folder.name}/); give one such as runs/NAME.")
+    return Store(folder)
+
+
+def listing(store: Store, verify: bool) -> Iterator[tuple[str, str]]:
+    """(name, facts) of every committed checkpoint, newest first; reads every byte with `verify`.
+
+    CheckpointError at the end when some are damaged.
+    """
+    found, damaged = store.committed(), 0
+    for images_seen in found:
+        fault = store.damage(images_seen) if verify else ""
+        damaged += bool(fault)
+        yield store.path(images_seen).name, f"DAMAGED: {fault}" if fault else _facts(store, images_seen, verify)
+    if damaged:
+        raise CheckpointError(f"{damaged} of {len(found)} checkpoints in {store.root} are damaged; see above.")
+
+
+def _facts(store: Store, images_seen: int, verified: bool) -> str:
+    try:
+        state = read_state(store.path(images_seen))
+    except CheckpointError as error:
+        return f"DAMAGED: {error}"
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.path(images_seen).stat().st_mtime))
+    size = f"{store.size(images_seen) / 2**20:,.1f} MiB"
+    whole = ", whole" if verified else ""
+    return f"step {state['steps']:,}, {images_seen:,} images, {state['ranks']} ranks, {size}, {written}{whole}"
+
+
+def prune(store: Store, keep: int) -> list[str]:
+    """Delete what is older than the newest `keep` whole checkpoints; the names deleted, none when fewer are whole."""
+    if keep < 1:
+        raise CheckpointError(f"--prune is {keep}; keep at least 1.")
+    found, whole = store.committed(), []
+    for images_seen in found:
+        if not store.damage(images_seen):
+            whole.append(images_seen)
+        if len(whole) == keep:
+            break
+    gone = [n for n in found if len(whole) == keep and n < whole[-1]]
+    for images_seen in gone:
+        store.remove(images_seen)
+    return [store.path(n).name for n in gone]
+
+
+def export(store: Store, file: str, kind: str) -> str:
+    """Write the newest whole checkpoint's averaged (`ema`) or plain (`model`) weights to `file`; one line about it."""
+    path = Path(file)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"--export is {file!r}; give a name that ends in .safetensors.")
+    images_seen = next((n for n in store.committed() if not store.damage(n)), None)
+    if images_seen is None:
+        raise CheckpointError(f"{store.root} holds no whole checkpoint; nothing to export.")
+    reader = Reader(store.path(images_seen))
+    weights = {name: reader.whole(name, EXPORTS[kind]) for name in reader.shapes}
+    try:
+        save_weights(path, Weights(weights, Plan.from_dict(reader.state["plan"]), images_seen, kind))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file} ({error.strerror or error}); give another name.") from error
+    return f"wrote {file}: {kind} weights at {images_seen:,} images"
