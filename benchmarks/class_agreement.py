@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import ConfigError
 from dsmoe.codec import build as build_codec
 from dsmoe.data.scenes import Scenes
 from dsmoe.evaluation import scenes_classifier
 from dsmoe.evaluation.class_agreement import Measurement, agreement, balanced_labels, measure, round_trip, table
-from dsmoe.evaluation.command import Parser, check_output, on_main_for_all, run, whole_file
+from dsmoe.evaluation.command import check_output, on_main_for_all, run, whole_file
 from dsmoe.evaluation.draw import Trained, add_sampling_options, choose_sampling, describe, open_trained
 from dsmoe.evaluation.scenes_classifier import FitProgress, ScenesClassifier
 from dsmoe.runtime.device import Device

@@ -25,9 +25,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file's text; readers see the old content or the new, never a part."""
+    """Replace the file's text; readers see the old content or the new, never a part.
+
+    What is not Unicode (a file name in a message) is written as an escape.
+    """
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _umask() -> int:

@@ -15,22 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe.base.errors import ConfigError, TrainingFailure, UserError
+from dsmoe.base.files import write_whole
 from dsmoe.base.plan import Plan
 from dsmoe.base.recipe import science_of
 
 DEFAULT_ROOT = Path("runs")
 _TEMPORARY = ".dsmoe-tmp"
 _NAME_LENGTH = 100
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
@@ -139,7 +130,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         lease = Lease.take(self)
         self.failed.unlink(missing_ok=True)
-        write_text_atomically(self.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
+        write_whole(self.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
         return lease
 
     def record_failure(self, line: str, *, replace: bool = True) -> None:
@@ -151,13 +142,13 @@ class RunFolder:
             if self.done.exists() or (self.failed.exists() and not replace):
                 return
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(self.failed, line + "\n")
+            write_whole(self.failed, line + "\n")
         except OSError:
             return
 
     def record_done(self, summary: dict) -> None:
         """The completion marker; schedulers should trust it rather than an exit code."""
-        write_text_atomically(self.done, json.dumps(summary, indent=1) + "\n")
+        write_whole(self.done, json.dumps(summary, indent=1) + "\n")
 
 
 def default_run_folder(plan: Plan) -> RunFolder:
@@ -196,7 +187,7 @@ class Lease:
         lease = Lease(folder, Lease._current(folder)[0] + 1, uuid.uuid4().hex)
         record = {"generation": lease.generation, "holder": lease.holder, "pid": os.getpid()}
         record |= {"host": os.uname().nodename, "time": time.time()}
-        write_text_atomically(folder.lease, json.dumps(record) + "\n")
+        write_whole(folder.lease, json.dumps(record) + "\n")
         return lease
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""Weight files: safetensors with the plan inside, loadable without DeepSpeed."""
+"""Weight files, and resumable checkpoints that any layout writes and any other reads."""

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from dsmoe.base.errors import CheckpointError
-from dsmoe.base.run_folder import write_text_atomically
+from dsmoe.base.files import write_whole
 from dsmoe.checkpoint.manifest import (
     FORMAT,
     STATE_FILE,
@@ -98,7 +98,7 @@ class Store:
         os.rename(temporary, target)
         sync_folder(self.root)
         with contextlib.suppress(OSError):  # a disk filled up this very moment; the checkpoint stands without it
-            write_text_atomically(self.root / LATEST, target.name + "\n")
+            write_whole(self.root / LATEST, target.name + "\n")
         return target
 
     def prune(self, keep: int, keep_every: int = 0) -> list[int]:

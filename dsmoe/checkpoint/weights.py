@@ -4,7 +4,6 @@ Lives here: writing, reading and building the model from such a file. Resumable 
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dsmoe.base.errors import CheckpointError
+from dsmoe.base.files import whole_file
 from dsmoe.base.plan import Plan
 from dsmoe.models.dit import DiT
 
@@ -36,14 +36,11 @@ def save_weights(path: Path, weights: Weights) -> None:
         "images_seen": str(weights.images_seen),
         "kind": weights.kind,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary, metadata=metadata)
     except SafetensorError as error:  # how the library reports a full disk or a missing folder
         raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> Weights:

@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
+from dsmoe.base import files
+from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import EXIT_BAD_INPUT, ConfigError, UserError
 from dsmoe.runtime import distributed, logging
 from dsmoe.runtime.device import Device
@@ -20,19 +22,6 @@ from dsmoe.runtime.distributed import LaunchPlace
 
 EXIT_FAILED = 1
 T = TypeVar("T")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ConfigErrors, so that one rank alone prints them; knows --local_rank."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help.")
 
 
 def run(
@@ -118,15 +107,9 @@ def check_output(path: Path, option: str, suffix: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: `path` appears, or is replaced, only after the block went well.
-
-    ConfigError when the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """base.files.whole_file for a user's own path: ConfigError when the disk refuses."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with files.whole_file(path) as temporary:
+            yield temporary
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror or error}); give another place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

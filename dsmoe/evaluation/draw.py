@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import CheckpointError, ConfigError, choose_from
 from dsmoe.base.plan import Plan
 from dsmoe.base.run_folder import RunFolder
 from dsmoe.checkpoint.weights import Weights, build_model, load_weights
 from dsmoe.codec import build as build_codec
 from dsmoe.codec.protocol import Codec
-from dsmoe.evaluation.command import Parser, check_output, on_main_for_all, run, whole_file
+from dsmoe.evaluation.command import check_output, on_main_for_all, run, whole_file
 from dsmoe.models.dit import DiT
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.logging import get_logger

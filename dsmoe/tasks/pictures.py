@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dsmoe.base.files import whole_file
+
 MARGIN = 4
 CAPTION = 14
 SMALLEST_TILE = 96
@@ -43,6 +45,5 @@ def _shorten(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str,
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write the picture, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")

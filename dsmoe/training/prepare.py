@@ -3,14 +3,13 @@
 Everything a user can get wrong is found here or in the rooms called from here, as one UserError.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from dsmoe.base.accounting import ParameterCount, count_macs, count_parameters
+from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import ConfigError, UserError, choose_from
 from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
 from dsmoe.base.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -55,16 +54,9 @@ class Prepared:
     folder: RunFolder
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors, so that one rank alone prints them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help.")
-
-
 def parse_command(argv: list[str], description: str) -> Command:
     """The launcher's arguments; ConfigError (never argparse's own exit) on a mistake."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--deepspeed_config", metavar="FILE", help="engine policy, such as ds_configs/quickstart.json")
     parser.add_argument(
         "--recipe",
@@ -74,7 +66,6 @@ def parse_command(argv: list[str], description: str) -> Command:
     )
     parser.add_argument("--run", metavar="DIR", help="run folder (default runs/<recipe>-<science hash>)")
     parser.add_argument("--plan", action="store_true", help="print the resolved plan and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as train.images=100000")
     # Intermixed: overrides may stand before, between and after the options.
     given, unknown = parser.parse_known_intermixed_args(argv)

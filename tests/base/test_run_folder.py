@@ -16,7 +16,6 @@ from dsmoe.base.run_folder import (
     RunFolder,
     default_run_folder,
     rejected_run_folder,
-    write_text_atomically,
 )
 
 
@@ -45,35 +44,6 @@ def test_default_folder_is_named_by_recipe_and_science():
     plan = made_plan()
     assert default_run_folder(plan).path == DEFAULT_ROOT / f"tiny-{plan.science_hash}"
     assert default_run_folder(made_plan(world_size=1)).path == default_run_folder(plan).path
-
-
-def test_writing_replaces_whole_files_and_leaves_no_others(tmp_path):
-    file = tmp_path / "f"
-    write_text_atomically(file, "old")
-    with open(file) as reader:
-        write_text_atomically(file, "new")
-        assert reader.read() == "old", "who has the file open keeps the whole old one"
-    assert file.read_text() == "new"
-    assert names(tmp_path) == ["f"]
-
-
-def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
-    file = tmp_path / "f"
-    write_text_atomically(file, "old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_text_atomically(file, "new")
-    assert file.read_text() == "old"
-
-
-def test_text_that_is_not_unicode_can_be_written(tmp_path):
-    file = tmp_path / "f"
-    write_text_atomically(file, os.fsdecode(b"caf\xe9"))
-    assert file.read_text() == "caf\\udce9"
 
 
 def test_creating_makes_folders_plan_and_lease_and_clears_an_old_failure(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -214,6 +215,24 @@ def test_the_copy_is_taken_when_saving_begins(store):
         piece.tensor.zero_()
     saver.finish()
     assert torch.equal(Reader(store.path(8)).whole("a.weight", "master"), value("master", "a.weight"))
+
+
+def test_training_goes_on_while_a_slow_disk_is_written(store, monkeypatch):
+    disk = threading.Event()
+
+    def slow(*arguments):
+        assert disk.wait(60)
+        write_shard(*arguments)
+
+    monkeypatch.setattr("dsmoe.checkpoint.saver.write_shard", slow)
+    saver = Saver(store, lease_of(store), 3)
+    saver.begin(8, pieces_of(0, 1), {}, 1000)
+    assert saver.busy
+    assert [saver.report(), saver.advance([0])] == [0, False], "nothing to agree on yet, and nobody waits"
+    assert store.committed() == []
+    disk.set()
+    assert saver.finish()
+    assert store.committed() == [8]
 
 
 def test_reports_of_an_earlier_save_do_not_commit_a_later_one(store):

@@ -183,3 +183,15 @@ def test_run_by_the_clock_reports_and_ends(tmp_path: Path) -> None:
     assert reports[-1].images == fitter.images
     assert set(reports[-1].losses) == {"l1", "l2", "edge", "kl"}
     assert {file.name for file in tmp_path.iterdir()} == {fit.WEIGHTS_FILE, fit.STATE_FILE}
+
+
+def test_the_average_is_exponential_with_a_short_memory_at_first() -> None:
+    """Decay min(0.5, (1 + s) / (10 + s)) after step s: weight 9 / (10 + s) for the new values at first."""
+    fitter = Fitter(FitOptions(images=100, batch=4, warmup_images=4, ema_decay=0.5), _pictures())
+    name = "encoder.1.weight"
+    expected = fitter.network.state_dict()[name].double().clone()
+    for step in range(1, 12):
+        fitter.step()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * fitter.network.state_dict()[name].double()
+    torch.testing.assert_close(fitter.average.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-7)
