@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from distributed_harness import assert_succeeded, launch
 
-pytestmark = pytest.mark.distributed
-
 
 def _script(folder: Path, text: str) -> Path:
     file = folder / "ranks.py"

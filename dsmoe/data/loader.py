@@ -5,7 +5,8 @@ Not here: what the batches hold (order), how an item is read (the data sets).
 
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,12 +77,14 @@ class BatchLoader:
     def __len__(self) -> int:
         return self._range["num_steps"] * self._layout.accumulation
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Close the generator when not all of it is taken: that ends the workers."""
         wanted = requests(self._order, self._layout, **self._range)
-        for read in read_batches(self._dataset, wanted, **self._reading):
-            if isinstance(self._dataset, FaultReporter):
-                self._dataset.account(len(read.batch.items), read.faults)
-            yield read.batch
+        with closing(read_batches(self._dataset, wanted, **self._reading)) as reads:
+            for read in reads:
+                if isinstance(self._dataset, FaultReporter):
+                    self._dataset.account(len(read.batch.items), read.faults)
+                yield read.batch
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def read_batches(
     workers: int = 0,
     prefetch: int = 2,
     pin_memory: bool = False,
-) -> Iterator[ReadBatch]:
+) -> Generator[ReadBatch, None, None]:
     """Read the wanted batches, in their order; a UserError met in a worker is raised here as itself.
 
     Workers start by `forkserver`: they are forked from a fresh, single-threaded process, not from this one,
@@ -128,10 +131,16 @@ def read_batches(
         generator=torch.Generator(),  # else starting an epoch draws from the global one
         **several,
     )
-    for answer in loader:
-        if isinstance(answer, UserError):
-            raise answer
-        yield answer
+    answers = iter(loader)
+    try:
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+            yield answer
+    finally:
+        # Ends the workers, also when the caller closes this generator early. Left to the interpreter's exit they
+        # would be sent SIGTERM, which they ignore, and waited for without end.
+        del answers
 
 
 class _Reader(Dataset):

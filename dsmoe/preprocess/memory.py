@@ -4,7 +4,7 @@ Not here: latents on disk, and who talks to whom (the caller gives `exchange`).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class MemoryLatents:
         start_step: int = 0,
         num_steps: int,
         flip: bool = False,
-    ) -> Iterator[LatentBatch]:
+    ) -> Generator[LatentBatch, None, None]:
         """The same micro-batches, in the same order, as a `BatchLoader` with these arguments."""
         assert order.num_items == len(self), (order.num_items, len(self))
         for want in requests(order, layout, start_step=start_step, num_steps=num_steps, flip=flip):

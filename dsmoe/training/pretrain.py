@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -183,12 +184,13 @@ def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
         checkpoints=Checkpoints(plan, saver, stop, engine, ema, telemetry),
         start_step=start,
     )
-    train(training)
+    with closing(batches):
+        train(training)
     _report_damage(prepared.dataset)
     _finish(prepared, training, lease)
 
 
-def _batches(prepared: Prepared, device: torch.device, start: int) -> Iterator[Batch | LatentBatch]:
+def _batches(prepared: Prepared, device: torch.device, start: int) -> Generator[Batch | LatentBatch, None, None]:
     """This rank's micro-batches from step `start` on, from images or from latents encoded once into memory."""
     plan, policy = prepared.plan, prepared.policy
     recipe, rank, world = plan.recipe, distributed.rank(), distributed.world_size()
