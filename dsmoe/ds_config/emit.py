@@ -8,7 +8,7 @@ from dsmoe.ds_config.batch import Batch
 from dsmoe.ds_config.policy import EnginePolicy
 
 
-def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool, world_size: int) -> None:
+def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool) -> None:
     """Refuse what DeepSpeed 0.19.8 would do wrongly or late, with the reason (expert_parallelism.md 3a, 3b-6).
 
     device_type: "cpu" or "cuda".
@@ -20,6 +20,11 @@ def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool, world_
         raise ConfigError(
             f"{path}: bf16 with ZeRO stage 0 steps AdamW once on zero gradients at start, so the first updates are "
             "about a quarter too small; use stage 1 (same memory on one rank) or fp32."
+        )
+    if policy.precision == "fp16" and policy.stage == 0:
+        raise ConfigError(
+            f"{path}: fp16 with ZeRO stage 0 hides its fp32 weights, which the moving average and checkpoints need; "
+            "use stage 1 (same memory on one rank)."
         )
     if block.expert_parallel_size > 1:
         if not is_moe:
@@ -39,7 +44,6 @@ def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool, world_
             f"{path}: 'dsmoe.optimizer' {block.optimizer} runs on the device, but the optimizer is offloaded; "
             "use auto, cpu_adam or torch."
         )
-    assert world_size >= 1
 
 
 def engine_config(policy: EnginePolicy, batch: Batch, optimizer: OptimizerSpec) -> dict:

@@ -87,7 +87,8 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
     Device.pick(place.local_world_size - 1)  # all ranks of a host meet a missing GPU, so that rank 0 can say so
     device = Device.pick(place.local_rank)
     is_moe = recipe.model.is_moe
-    check_policy(policy, device_type=device.kind, is_moe=is_moe, world_size=place.world_size)
+    check_policy(policy, device_type=device.kind, is_moe=is_moe)
+    _check_device(policy, device)
     batch = resolve_batch(policy, recipe.train.global_batch, place.world_size)
     implementation = choose_implementation(
         policy.block.optimizer, device_type=device.kind, offload=policy.offload_optimizer
@@ -132,6 +133,13 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
     if not folder.done.exists():
         require_space(Store(folder.checkpoints), total_bytes(model.parameters))
     return Prepared(plan, policy, batch, dataset, codec, device, folder)
+
+
+def _check_device(policy: EnginePolicy, device: Device) -> None:
+    if not device.supports(storage_dtype(policy.precision)):
+        raise ConfigError(
+            f"{policy.path}: {policy.precision} is not supported by {device.name}; use fp16, or fp32 (leave both out)."
+        )
 
 
 def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFacts:

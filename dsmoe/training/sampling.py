@@ -23,7 +23,7 @@ class SampleSheets:
     def __init__(self, plan: Plan, codec: Codec, folder: Path, device: torch.device) -> None:
         self._plan, self._codec, self._folder, self._device = plan, codec, folder, device
         every = plan.recipe.report.sample_every
-        self._every_steps = round(every / plan.recipe.train.global_batch) if every else 0
+        self._every_steps = max(1, round(every / plan.recipe.train.global_batch)) if every else 0
 
     def due(self, step: int) -> bool:
         """Whether a sheet is wanted after `step` steps (the one at the end is drawn from the final weights)."""
