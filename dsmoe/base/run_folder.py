@@ -21,6 +21,7 @@ from dsmoe.base.recipe import science_of
 
 DEFAULT_ROOT = Path("runs")
 _TEMPORARY = ".dsmoe-tmp"
+_UNFINISHED = (_TEMPORARY, ".tmp")  # ours: probes, and files that a killed job had not finished
 _NAME_LENGTH = 100
 
 
@@ -113,7 +114,7 @@ class RunFolder:
 
     def holds_only_a_failure(self) -> bool:
         """Nothing, or nothing but the traces of an earlier refused command."""
-        names = {p.name for p in self.path.iterdir() if not (p.name[0] == "." and p.name.endswith(_TEMPORARY))}
+        names = {p.name for p in self.path.iterdir() if not (p.name[0] == "." and p.name.endswith(_UNFINISHED))}
         return names <= {"FAILED", "logs", "lease.json"}
 
     def takes_a_failure(self) -> bool:
@@ -126,11 +127,13 @@ class RunFolder:
 
     def create(self, plan: Plan) -> "Lease":
         """Make the folder, write the plan, clear an old FAILED and take the next lease."""
-        for folder in (self.path, self.tensorboard, self.samples, self.checkpoints, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         lease = Lease.take(self)
         self.failed.unlink(missing_ok=True)
+        # Before the folders: a job killed in between leaves something that its successor accepts.
         write_whole(self.plan, json.dumps(plan.to_dict(), indent=1) + "\n")
+        for folder in (self.tensorboard, self.samples, self.checkpoints, self.logs):
+            folder.mkdir(exist_ok=True)
         return lease
 
     def record_failure(self, line: str, *, replace: bool = True) -> None:

@@ -212,3 +212,26 @@ def test_lease_and_folder_are_frozen(tmp_path):
     lease = RunFolder(tmp_path).create(made_plan())
     with pytest.raises(dataclasses.FrozenInstanceError):
         lease.generation = 9
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_job_killed_while_it_makes_the_folder_leaves_one_that_the_next_accepts(tmp_path, monkeypatch, writes):
+    """Killed at the n-th file, half-written: what is left must not lock the run out of its own folder."""
+    folder, plan, done = RunFolder(tmp_path / "run"), made_plan(), []
+
+    def dies(path, text):
+        if len(done) == writes:
+            path.with_name(f".{path.name}.1.tmp").write_text(text[:5])
+            raise KeyboardInterrupt
+        done.append(path)
+        path.write_text(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmoe.base.run_folder.write_whole", dies)
+        try:
+            folder.create(plan)
+        except KeyboardInterrupt:
+            assert len(done) == writes
+    folder.check(plan)
+    folder.create(plan).verify()
+    assert folder.plan.exists()
