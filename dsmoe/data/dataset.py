@@ -11,8 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dsmoe.base.errors import ConfigError, choose_from
-
-SOURCES = ("scenes", "image_folder")
+from dsmoe.base.recipe import SOURCES
 
 
 class ImageDataset(Protocol):

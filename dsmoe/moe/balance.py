@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from dsmoe.base.errors import ConfigError, choose_from
-
-SCOPES = ("sample", "micro", "step", "none")
+from dsmoe.base.recipe import BALANCE_SCOPES
 
 
 def check_scope(scope: str) -> str:
-    """The scope itself if it is one of SCOPES, else ConfigError."""
-    if scope not in SCOPES:
-        raise ConfigError(choose_from("balance scope", scope, SCOPES))
+    """The scope itself if it is one of base.recipe.BALANCE_SCOPES, else ConfigError."""
+    if scope not in BALANCE_SCOPES:
+        raise ConfigError(choose_from("balance scope", scope, BALANCE_SCOPES))
     return scope
 
 

@@ -16,7 +16,7 @@ class MoE(nn.Module):
     """sum over the top-k experts of p_e E_e(x), plus Shared(x) (DiT-MoE, Fei et al. 2024; contracts 2.2).
 
     Parameters: gate.weight, experts.{w1,w2,w3}, and with spec.shared_ratio > 0
-    shared_experts.{gate_proj,up_proj,down_proj}.weight. balance_scope: one of moe.balance.SCOPES. The buffer
+    shared_experts.{gate_proj,up_proj,down_proj}.weight. balance_scope: one of base.recipe.BALANCE_SCOPES. The buffer
     previous_load [E] serves scope "step" only; it starts uniform and is kept in the checkpoint by training.
     """
 
