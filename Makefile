@@ -1,4 +1,4 @@
-# Targets: env, quickstart, test, lint, clean. DSMOE_VENV chooses the environment's folder (default .venv).
+# Targets: env, quickstart, test, test-full, lint, clean. DSMOE_VENV chooses the environment's folder (default .venv).
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -22,12 +22,13 @@ ON_CPU := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
 UNIT_SECONDS ?= 480
 DISTRIBUTED_SECONDS ?= 540
 
-.PHONY: help env quickstart test lint clean
+.PHONY: help env quickstart test test-full lint clean
 
 help:
 	@echo "make env         make or renew the environment in $(VENV)"
 	@echo "make quickstart  train the small default recipe on this machine, then say where everything lies"
 	@echo "make test        all tests that this machine can run"
+	@echo "make test-full   what takes too long for every change: invariance table, 100 kills (about 20 minutes)"
 	@echo "make lint        style checks"
 	@echo "make clean       remove caches and build products (not runs, not the environment)"
 
@@ -54,6 +55,11 @@ test: env
 	timeout --foreground -s INT -k 30 $(UNIT_SECONDS) $(PY) -m pytest -q -m "not distributed" </dev/null || status=$$?; \
 	timeout --foreground -s INT -k 30 $(DISTRIBUTED_SECONDS) $(PY) -m pytest -q -m distributed </dev/null || status=$$?; \
 	exit $$status
+
+# What does not fit into `make test`. Both go on where they were when started again; results lie in .test-full.
+test-full: env
+	$(PY) tests/full/invariance_table.py --write docs/invariance.md
+	PYTHONPATH=. $(PY) benchmarks/kill_and_resume.py --folder .test-full/kills --kills 100
 
 lint: env
 	$(PY) -m ruff check .

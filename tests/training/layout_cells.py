@@ -27,7 +27,8 @@ from dsmoe.training.health import GradientWatch
 from dsmoe.training.loop import Training, take_step
 from dsmoe.training.optimizer import build_optimizer, learning_rate
 
-STEPS, GLOBAL, CLASSES, SIDE = 6, 8, 5, 4
+STEPS = int(os.environ.get("LAYOUT_STEPS", "6"))
+GLOBAL, CLASSES, SIDE = 8, 5, 4
 SPECS = {
     "dense": {"depth": 2, "dim": 32, "heads": 2, "patch": 2},
     "moe": {"depth": 2, "dim": 32, "heads": 2, "patch": 2, "num_experts": 4, "shared_ratio": 2.0},
