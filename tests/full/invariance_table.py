@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     text = table(rows)
     print(text)
     if options.write:
-        options.write.write_text(document(text), encoding="utf-8")
+        options.write.write_text(document(text, sorted({row["commit"] for row in rows})), encoding="utf-8")
     outside = [row for row in rows if any(not row[name] <= bound for name, bound in BOUNDS.items())]
     print(f"{len(rows)} cells, {len(outside)} outside the bounds {BOUNDS}")
     return 1 if outside else 0
@@ -57,7 +57,7 @@ def finished(results: Path, world: int, stage: int) -> list[dict]:
         found = [json.loads(line[5:]) for line in ranks[0].stdout.splitlines() if line.startswith("CELL ")]
         assert len(found) == len(cells), found
         partial = file.with_suffix(".tmp")
-        partial.write_text(json.dumps([{"world": world, **cell} for cell in found]))
+        partial.write_text(json.dumps([{"world": world, "commit": commit(), **cell} for cell in found]))
         os.replace(partial, file)
         print(f"{world} processes, ZeRO-{stage}: done", flush=True)
     return json.loads(file.read_text())
@@ -76,18 +76,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def document(text: str) -> str:
+def commit() -> str:
+    """The checkout's commit, marked when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def document(text: str, commits: list[str]) -> str:
     """The table with what it was made of."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     return f"""# The invariance table
 
-`make test-full` on {date.today()}, commit {commit.stdout.strip()}, Python {platform.python_version()}, torch
-{torch.__version__}, {os.cpu_count()} CPU cores. Tiny models (depth 2, dim 32, 4 experts of which 2), fp32, {STEPS} AdamW
-steps of 8 images, clipping on, balance scope `sample` for the MoE: largest relative difference from one plain torch
-process that sees the whole batch at once. Bounds (design, invariance statement): loss 1e-6, gradient norm, weights and EMA 1e-5.
-The K third of `qkv.bias`, whose true gradient is zero, is left out of weights and EMA.
+`make test-full` on {date.today()}, commit {", ".join(commits)}, Python {platform.python_version()},
+torch {torch.__version__}, {os.cpu_count()} CPU cores. Tiny models (depth 2, dim 32, 4 experts of which 2), fp32,
+{STEPS} AdamW steps of 8 images, clipping on, balance scope `sample` for the MoE: largest relative difference from one
+plain torch process that sees the whole batch at once. Bounds (design, invariance statement): loss 1e-6; gradient norm,
+weights and EMA 1e-5. The K third of `qkv.bias`, whose true gradient is zero, is left out of weights and EMA.
 
-Not in this table: bf16, expert parallelism, the fp64 table, and a count of top-k flips (none is needed while all cells hold).
+Not in this table: bf16, expert parallelism, the fp64 table, and a count of top-k flips.
 
 {text}
 """
