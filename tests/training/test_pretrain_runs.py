@@ -1,6 +1,9 @@
 """Whole runs of the launcher on two CPU processes: what a run folder holds afterwards, and how runs end."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from distributed_harness import assert_succeeded, launch
 from PIL import Image
 
 from dsmoe.checkpoint.weights import build_model, load_weights
+from dsmoe.runtime.launch_environment import free_port
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,3 +127,32 @@ def test_too_many_damaged_files_end_the_run_with_the_reason(tmp_path, cache):
     assert "class0/" in line
     assert "data.max_bad_fraction" in line
     assert not (folder / "DONE").exists()
+
+
+def test_the_quick_start_command_in_small(tmp_path):
+    """The documented command with fewer images: the real launcher, recipe, ds_config and codec."""
+    folder = tmp_path / "run"
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))}
+    path = os.pathsep.join(p for p in (str(ROOT), environ.get("PYTHONPATH", "")) if p)
+    environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [
+            sys.executable, Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2",
+            "--master_port", str(free_port()), "launchers/pretrain.py",
+            "--deepspeed_config", "ds_configs/quickstart.json", "--run", folder,
+            "data.size=64", "train.images=2560", "optimizer.warmup_images=320", "report.log_every=640",
+            "report.sample_every=1280", "report.samples=16", "report.sample_steps=5", "checkpoint.every=1280",
+        ],
+        cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads((folder / "plan.json").read_text())
+    assert (plan["codec"]["name"], plan["engine"]["world_size"], plan["model"]["num_classes"]) == ("kl-small", 2, 16)
+    losses = [row["mse"] for row in records(folder)]
+    assert losses[-1] < 0.8 * losses[0]  # noise predicted as zero gives 1; 40 steps bring it below 0.7
+    assert {p.name for p in (folder / "samples").iterdir()} == {"images-000001280.png", "images-000002560.png"}
+    sheet = np.asarray(Image.open(folder / "samples/images-000002560.png"))
+    assert sheet.std() > 10, "a sheet without pictures"
+    assert (folder / "ckpt/images-000001280/state.json").exists()
+    assert (folder / "DONE").exists()
+    assert "next         python launchers/sample.py" in done.stdout + done.stderr
