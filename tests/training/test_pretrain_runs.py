@@ -149,7 +149,7 @@ def test_the_quick_start_command_in_small(tmp_path):
     plan = json.loads((folder / "plan.json").read_text())
     assert (plan["codec"]["name"], plan["engine"]["world_size"], plan["model"]["num_classes"]) == ("kl-small", 2, 16)
     losses = [row["mse"] for row in records(folder)]
-    assert losses[-1] < 0.8 * losses[0]  # noise predicted as zero gives 1; 40 steps bring it below 0.7
+    assert losses[-1] < 0.6 < losses[0]  # noise predicted as zero gives 1; these 40 steps bring it to 0.33
     assert {p.name for p in (folder / "samples").iterdir()} == {"images-000001280.png", "images-000002560.png"}
     sheet = np.asarray(Image.open(folder / "samples/images-000002560.png"))
     assert sheet.std() > 10, "a sheet without pictures"
