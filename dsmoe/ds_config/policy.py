@@ -40,7 +40,7 @@ NOT_HERE = {
     "aio": "offload goes to the CPU, which reads none of it; drop it",
     "compile": "DeepCompile is not used; drop it",
     "expert_parallel": "set dsmoe.expert_parallel_size instead",
-    "autotuning": "use python -m dsmoe tune and the planner; drop it",
+    "autotuning": "the batch is the recipe's and the launcher does not tune; drop it",
 }
 
 MAX_TIMEOUT_MINUTES = 100_000

@@ -38,12 +38,3 @@ def load_imbalance(load: Tensor) -> Tensor:
 def dead_experts(load: Tensor, share: float = 0.05) -> Tensor:
     """Which experts have a load [..., E] below `share` of the fair share 1/E: bool [..., E]."""
     return load < share / load.shape[-1]
-
-
-def load_by_group(load_per_sample: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Mean load [groups, E] of the samples of each group (a timestep range, a class); NaN for an empty group.
-
-    load_per_sample [B, E]; group int64 [B] in [0, groups).
-    """
-    member = (group == torch.arange(groups, device=group.device)[:, None]).to(load_per_sample.dtype)
-    return (member @ load_per_sample) / member.sum(1, keepdim=True)

@@ -104,9 +104,9 @@ def shutdown(failed: bool = False) -> None:
     dist.destroy_process_group()
 
 
-def rank() -> int:
-    """This process's index among all; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: ProcessGroup | None = None) -> int:
+    """This process's index among all, or within `group`; 0 without a process group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def world_size() -> int:

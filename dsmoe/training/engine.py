@@ -141,7 +141,7 @@ def _zero12(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
 
 def _zero3(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
     optimizer, shard = engine.optimizer, parameter.ds_tensor.ds_numel
-    offset = torch.distributed.get_rank(parameter.ds_process_group) * shard
+    offset = distributed.rank(parameter.ds_process_group) * shard
     own = min(shard, parameter.ds_numel - offset)  # the tail of the last shard is padding
     if own <= 0:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.base.accounting import ParameterCount, count_macs, count_parameters
+from dsmoe.base.accounting import count_macs, count_parameters
 from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import ConfigError, UserError, choose_from
 from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
@@ -102,10 +102,9 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         split="train",
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    model = _model_facts(recipe, codec, dataset)
+    model, trained = _model_facts(recipe, codec, dataset)
     if recipe.codec.cache == "memory":
         check_budget(len(dataset), recipe.data.resolution, codec, recipe.data.flip)
-    parameters = _count(recipe, model)
     plan = Plan(
         recipe=recipe,
         engine=EngineFacts(
@@ -125,7 +124,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         model=model,
         codec=dict(codec.provenance),
         schedule=_end_points(recipe),
-        memory=state_memory(parameters.trained, policy, place.world_size),
+        memory=state_memory(trained, policy, place.world_size),
         warnings=tuple(_warnings(recipe, policy, len(dataset))),
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
@@ -142,7 +141,8 @@ def _check_device(policy: EnginePolicy, device: Device) -> None:
         )
 
 
-def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFacts:
+def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> tuple[ModelFacts, int]:
+    """The model's sizes, and how many of its parameters are trained."""
     resolution, patch = recipe.data.resolution, recipe.model.patch
     unit = codec.factor * patch
     if resolution % unit or resolution % codec.image_multiple:
@@ -160,24 +160,14 @@ def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFa
     macs = count_macs(
         recipe.model, channels=codec.channels, input_size=facts["input_size"], learn_sigma=facts["learn_sigma"]
     )
-    return ModelFacts(
+    model = ModelFacts(
         in_channels=codec.channels,
         parameters=count.total,
         active_parameters=count.active,
         macs=macs.total,
         **facts,
     )
-
-
-def _count(recipe: Recipe, model: ModelFacts) -> ParameterCount:
-    return count_parameters(
-        recipe.model,
-        channels=model.in_channels,
-        num_classes=model.num_classes,
-        input_size=model.input_size,
-        learn_sigma=model.learn_sigma,
-        null_class=model.null_class,
-    )
+    return model, count.trained
 
 
 def _end_points(recipe: Recipe) -> dict[str, str]:

@@ -17,11 +17,3 @@ def test_entropy_imbalance_and_dead_experts():
     dead = statistics.dead_experts(load)
     assert dead.nonzero().tolist() == [[1, 2], [1, 3], [2, 1], [2, 2], [2, 3], [3, 3]]
     assert statistics.dead_experts(load, share=0.5).sum(-1).tolist() == [0, 2, 3, 2]
-
-
-def test_load_by_group_is_the_mean_of_each_group():
-    load = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    by_group = statistics.load_by_group(load, torch.tensor([2, 0, 2]), 3)
-    assert by_group[0].tolist() == [0.5, 0.5]
-    assert by_group[1].isnan().all()
-    assert by_group[2].tolist() == [0.5, 0.5]
