@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--verify", action="store_true", help="read every byte and name what is damaged")
     action.add_argument("--prune", type=int, metavar="N", help="delete all older than the newest N whole ones")
     action.add_argument("--export", metavar="FILE", help="write the newest whole one's weights to FILE.safetensors")
-    saved.add_argument("--kind", choices=("ema", "model"), default="ema", help="weights to export (default averaged)")
+    saved.add_argument("--kind", default="ema", help="weights to export: model, or an average's name (default ema)")
     saved.set_defaults(run=_checkpoints)
     return parser
 

@@ -24,6 +24,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 LR_SCHEDULES = ("constant", "exponential")
 BALANCE_SCOPES = ("sample", "step", "micro", "none")
 
+EMA = "ema"  # name of the first average
+
 _POLICY = {"science": False}
 
 
@@ -132,24 +134,42 @@ class BalanceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaSpec:
-    """Moving average of the weights: a constant decay a step, or a half-life in images (exactly one)."""
+    """Moving averages of the weights: constant decays a step, or half-lives in images (exactly one of the two).
 
-    decay: float | None = None
-    half_life_images: int | None = None
+    One value or a list of them, all kept at once. The first is the run's own: sample sheets are drawn from it.
+    """
+
+    decay: tuple[float, ...] = ()
+    half_life_images: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.decay is None) == (self.half_life_images is None):
+        if bool(self.decay) == bool(self.half_life_images):
             raise ConfigError(
-                f"ema.decay is {self.decay} and ema.half_life_images {self.half_life_images}; give exactly one "
-                "(set the other to null)."
+                f"ema.decay is {_listed(self.decay)} and ema.half_life_images {_listed(self.half_life_images)}; give "
+                "exactly one (set the other to null)."
             )
-        _require(self.decay is None or 0 <= self.decay < 1, "ema.decay", self.decay, "in [0, 1)")
-        half = self.half_life_images
-        _require(half is None or half > 0, "ema.half_life_images", half, "above 0")
+        for decay in self.decay:
+            _require(0 <= decay < 1, "ema.decay", decay, "in [0, 1)")
+        for half in self.half_life_images:
+            _require(half > 0, "ema.half_life_images", half, "above 0")
+        for key, values in (("decay", self.decay), ("half_life_images", self.half_life_images)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"ema.{key} is {_listed(values)}; a value stands there twice, give each once.")
 
-    def step_decay(self, global_batch: int) -> float:
-        """Weight kept of the old average in one optimizer step."""
-        return self.decay if self.decay is not None else 0.5 ** (global_batch / self.half_life_images)
+    def step_decays(self, global_batch: int) -> dict[str, float]:
+        """Weight kept of the old average in one optimizer step, by the average's name.
+
+        The first is `ema`, the others `ema_<decay>` or `ema_<half-life in images>`: names of states in a checkpoint
+        and of weight files.
+        """
+        values = self.decay or self.half_life_images
+        names = [EMA, *(f"{EMA}_{value}" for value in values[1:])]
+        kept = self.decay or [0.5 ** (global_batch / half) for half in self.half_life_images]
+        return dict(zip(names, kept, strict=True))
+
+
+def _listed(values: tuple) -> object:
+    return list(values) if len(values) > 1 else values[0] if values else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +254,15 @@ class Recipe:
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     balance: BalanceSpec = field(default_factory=BalanceSpec)
-    ema: EmaSpec = field(default_factory=lambda: EmaSpec(decay=0.9999))
+    ema: EmaSpec = field(default_factory=lambda: EmaSpec(decay=(0.9999,)))
     train: TrainSpec
     report: ReportSpec = field(default_factory=ReportSpec, **_NO_SCIENCE)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec, **_NO_SCIENCE)
+
+    @property
+    def ema_decays(self) -> dict[str, float]:
+        """Every average's name and decay a step, the run's own first (EmaSpec.step_decays)."""
+        return self.ema.step_decays(self.train.global_batch)
 
     def __post_init__(self) -> None:
         if not self.name or any(c not in _NAME_CHARACTERS for c in self.name):

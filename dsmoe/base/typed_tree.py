@@ -123,6 +123,10 @@ def _typed(hint: object, value: object, where: str) -> object:
         return _typed(next(o for o in options if o is not type(None)), value, where)
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
+        if parts[1:] == (Ellipsis,):
+            # One is written as itself, none as null, several as a list.
+            given = () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+            return tuple(_typed(parts[0], v, where) for v in given)
         if not isinstance(value, (list, tuple)) or len(value) != len(parts):
             raise ConfigError(f"{where} is {value!r}; it must be a list of {len(parts)} numbers.")
         return tuple(_typed(p, v, where) for p, v in zip(parts, value, strict=True))

@@ -4,15 +4,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsmoe.base.errors import CheckpointError
+from dsmoe.base.errors import CheckpointError, choose_from
 from dsmoe.base.plan import Plan
 from dsmoe.base.run_folder import RunFolder
 from dsmoe.checkpoint.reader import Reader, read_state
 from dsmoe.checkpoint.store import Store
-from dsmoe.checkpoint.weights import Weights, save_weights
-
-# Name in a weight file -> state in a checkpoint.
-EXPORTS = {"ema": "ema", "model": "master"}
+from dsmoe.checkpoint.weights import MODEL, Weights, save_weights
 
 
 def open_store(run: str) -> Store:
@@ -65,7 +62,10 @@ def prune(store: Store, keep: int) -> list[str]:
 
 
 def export(store: Store, file: str, kind: str) -> str:
-    """Write the newest whole checkpoint's averaged (`ema`) or plain (`model`) weights to `file`; one line about it."""
+    """Write the newest whole checkpoint's weights of a kind to `file`; one line about it.
+
+    kind: `model`, or the name of an average that the run keeps.
+    """
     path = Path(file)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"--export is {file!r}; give a name that ends in .safetensors.")
@@ -73,9 +73,13 @@ def export(store: Store, file: str, kind: str) -> str:
     if images_seen is None:
         raise CheckpointError(f"{store.root} holds no whole checkpoint; nothing to export.")
     reader = Reader(store.path(images_seen))
-    weights = {name: reader.whole(name, EXPORTS[kind]) for name in reader.shapes}
+    plan = Plan.from_dict(reader.state["plan"])
+    kinds = (*plan.recipe.ema_decays, MODEL)
+    if kind not in kinds:
+        raise CheckpointError(choose_from("--kind", kind, kinds))
+    weights = {name: reader.whole(name, "master" if kind == MODEL else kind) for name in reader.shapes}
     try:
-        save_weights(path, Weights(weights, Plan.from_dict(reader.state["plan"]), images_seen, kind))
+        save_weights(path, Weights(weights, plan, images_seen, kind))
     except OSError as error:
         raise CheckpointError(f"cannot write {file} ({error.strerror or error}); give another name.") from error
     return f"wrote {file}: {kind} weights at {images_seen:,} images"

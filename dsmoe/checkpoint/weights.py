@@ -16,12 +16,15 @@ from dsmoe.base.files import whole_file
 from dsmoe.base.plan import Plan
 from dsmoe.models.dit import DiT
 
-KINDS = ("ema", "model")
+MODEL = "model"  # kind of the weights that were trained, beside the averages of the recipe
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A weight file in memory: state (fp32, keys of dsmoe.models.DiT), the plan, images seen, `ema` or `model`."""
+    """A weight file in memory: state (fp32, keys of dsmoe.models.DiT), the plan, images seen, kind.
+
+    kind: `model`, or the name of an average (recipe's EmaSpec.step_decays).
+    """
 
     state: dict[str, torch.Tensor]
     plan: Plan

@@ -105,5 +105,5 @@ class Checkpoints:
             step * self._plan.recipe.train.global_batch,
             state.local_pieces(self._engine, self._ema),
             plain,
-            state.total_bytes(self._plan.model.parameters),
+            state.total_bytes(self._plan.model.parameters, len(self._ema.averages)),
         )

@@ -1,25 +1,38 @@
-"""Exponential moving average of the fp32 master weights, sharded exactly as DeepSpeed shards them."""
+"""Exponential moving averages of the fp32 master weights, sharded exactly as DeepSpeed shards them."""
+
+from collections.abc import Mapping
 
 import torch
 
+from dsmoe.base.recipe import EMA
 from dsmoe.training.engine import Engine, Fragment
 
 
 class Ema:
     """ema <- decay * ema + (1 - decay) * weights, fp32, once per optimizer step; starts as a copy.
 
+    decays: by name, the run's own `ema` among them (recipe's EmaSpec.step_decays). averages: this rank's fragments.
     Design decision 8: bf16 storage would lose updates at 0.9999, so only fp32 masters are averaged.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, engine: Engine, decays: Mapping[str, float]) -> None:
+        self.decays = dict(decays)
         self._engine = engine
-        self.fragments = [Fragment(f.name, f.shape, f.offset, f.tensor.clone()) for f in engine.fragments()]
+        self.averages = {
+            name: [Fragment(f.name, f.shape, f.offset, f.tensor.clone()) for f in engine.fragments()]
+            for name in decays
+        }
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """The run's own average."""
+        return self.averages[EMA]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of the step just made into the average."""
+        """Take the weights of the step just made into the averages."""
         # The views are asked for anew: offload and ZeRO-3 may hand out other storage after a step.
         weights = [f.tensor for f in self._engine.fragments()]
         if weights:
-            torch._foreach_lerp_([f.tensor for f in self.fragments], weights, 1.0 - self.decay)
+            for name, decay in self.decays.items():
+                torch._foreach_lerp_([f.tensor for f in self.averages[name]], weights, 1.0 - decay)

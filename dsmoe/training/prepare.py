@@ -12,7 +12,7 @@ from dsmoe.base.accounting import count_macs, count_parameters
 from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import ConfigError, UserError, choose_from
 from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
-from dsmoe.base.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from dsmoe.base.recipe import DEFAULT_RECIPE, EMA, Recipe, load_recipe
 from dsmoe.base.run_folder import RunFolder, default_run_folder
 from dsmoe.checkpoint.saver import require_space
 from dsmoe.checkpoint.store import Store
@@ -130,7 +130,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
     folder.check(plan)
     if not folder.done.exists():
-        require_space(Store(folder.checkpoints), total_bytes(model.parameters))
+        require_space(Store(folder.checkpoints), total_bytes(model.parameters, len(recipe.ema_decays)))
     return Prepared(plan, policy, batch, dataset, codec, device, folder)
 
 
@@ -175,15 +175,21 @@ def _end_points(recipe: Recipe) -> dict[str, str]:
     alpha_bar = make_schedule(recipe.diffusion.schedule, recipe.diffusion.timesteps).alpha_bar
     optimizer, images = recipe.optimizer, recipe.train.images
     rates = [learning_rate(optimizer, n, images) for n in (0, optimizer.warmup_images, images)]
-    decay = recipe.ema.step_decay(recipe.train.global_batch)
     variance = "learned variance range" if recipe.diffusion.learn_sigma else "fixed variance"
     return {
         "objective": f"{recipe.diffusion.prediction}, {variance}",
         "noise schedule": f"{recipe.diffusion.schedule}, alpha_bar {alpha_bar[0]:.6g} .. {alpha_bar[-1]:.3g}",
         "learning rate": f"{rates[0]:g} -> {rates[1]:g} at {optimizer.warmup_images:,} images -> {rates[2]:g} "
         f"({optimizer.schedule})",
-        "EMA decay": f"{decay:.6f} a step, {decay**recipe.train.steps:.2g} of the start left at the end",
+        **{
+            f"{_shown(name)} decay": f"{decay:.6f} a step, {decay**recipe.train.steps:.2g} of the start left at the end"
+            for name, decay in recipe.ema_decays.items()
+        },
     }
+
+
+def _shown(average: str) -> str:
+    return average.replace(EMA, "EMA", 1)
 
 
 def state_memory(trained: int, policy: EnginePolicy, world_size: int) -> dict[str, int]:
@@ -205,11 +211,13 @@ def state_memory(trained: int, policy: EnginePolicy, world_size: int) -> dict[st
 
 def _warnings(recipe: Recipe, policy: EnginePolicy, items: int) -> list[str]:
     found = []
-    left = recipe.ema.step_decay(recipe.train.global_batch) ** recipe.train.steps
-    if left > EMA_START_SHARE:
+    for name, decay in recipe.ema_decays.items():
+        left = decay**recipe.train.steps
+        if left <= EMA_START_SHARE:
+            continue
         found.append(
-            f"EMA still holds {left:.0%} of the initial weights at the end; set ema.half_life_images to about "
-            f"{recipe.train.images // 20:,}."
+            f"{_shown(name)} still holds {left:.0%} of the initial weights at the end; set ema.half_life_images to "
+            f"about {recipe.train.images // 20:,}."
         )
     if recipe.balance.scope == "micro" and recipe.model.is_moe:
         found.append("balance.scope micro depends on layout: results change with ranks and micro-batch.")

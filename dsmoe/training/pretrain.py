@@ -20,7 +20,7 @@ from dsmoe.base.plan import Plan, describe
 from dsmoe.base.run_folder import Lease, RunFolder, rejected_run_folder
 from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store
-from dsmoe.checkpoint.weights import Weights, new_model, save_weights
+from dsmoe.checkpoint.weights import MODEL, Weights, new_model, save_weights
 from dsmoe.data.dataset import FaultReporter, ImageDataset
 from dsmoe.data.loader import Batch, BatchLoader
 from dsmoe.data.order import BatchLayout, SampleOrder
@@ -149,7 +149,7 @@ def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
     prepared.codec.to(device)
     batches = _batches(prepared, device, start)
     engine = _engine(prepared, device)
-    ema = Ema(engine, recipe.ema.step_decay(recipe.train.global_batch))
+    ema = Ema(engine, recipe.ema_decays)
     if saved:
         state.load(engine, ema, saved)
         if distributed.is_main():
@@ -270,10 +270,9 @@ def _finish(prepared: Prepared, training: Training, lease: Lease) -> None:
     """Export weights, draw the last sheet and the loss plot, mark the run DONE, say what to do next."""
     plan, folder = prepared.plan, prepared.folder
     seen = plan.recipe.train.steps * plan.recipe.train.global_batch
-    average = full_weights(plan, training.engine, training.ema, seen)
-    _export(folder, lease, full_weights(plan, training.engine, None, seen))
-    _export(folder, lease, average)
-    sheet = training.sheets.draw_weights(average)
+    for kind in (MODEL, *training.ema.averages):
+        _export(folder, lease, full_weights(plan, training.engine, training.ema, kind, seen))
+    sheet = training.sheets.draw(training.engine, training.ema, seen)
     training.telemetry.close()
     _close(plan, folder, lease, sheet, training.telemetry.elapsed)
 
@@ -293,13 +292,13 @@ def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path, seconds: fl
     folder.record_done(
         {"images_seen": last["images_seen"], "loss": last["loss"], "training_seconds": round(seconds, 1)}
     )
-    weights = folder.checkpoints / "ema.safetensors"
+    weights, *others = (folder.checkpoints / f"{kind}.safetensors" for kind in (*plan.recipe.ema_decays, MODEL))
     for line in (
         f"done: {last['images_seen']:,} images in {seconds:.0f} s, loss {last['loss']:.4f}",
         f"samples      {sheet}",
         f"loss plot    {folder.path / 'loss.png'}",
         f"metrics      {folder.metrics}  (TensorBoard: tensorboard --logdir {folder.tensorboard})",
-        f"weights      {weights}  (averaged), {folder.checkpoints / 'model.safetensors'}",
+        f"weights      {weights}  (averaged), {', '.join(map(str, others))}",
         f"next         python launchers/sample.py --checkpoint {weights} --classes all",
     ):
         logging.get_logger().info("%s", line)

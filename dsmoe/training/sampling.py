@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from dsmoe.base.plan import Plan
-from dsmoe.checkpoint.weights import Weights, build_model
+from dsmoe.base.recipe import EMA
+from dsmoe.checkpoint.weights import MODEL, Weights, build_model
 from dsmoe.codec.protocol import Codec
 from dsmoe.runtime import distributed
 from dsmoe.runtime.logging import get_logger
@@ -30,13 +31,12 @@ class SampleSheets:
         return bool(self._every_steps) and step % self._every_steps == 0 and step < self._plan.recipe.train.steps
 
     def draw(self, engine: Engine, ema: Ema, images_seen: int) -> Path:
-        """Sheet of the current average; every rank holds a full fp32 copy of the weights while it is drawn."""
-        return self.draw_weights(full_weights(self._plan, engine, ema, images_seen))
+        """Sheet of the run's own average; the ranks share the work, rank 0 writes the picture, all return its path.
 
-    def draw_weights(self, weights: Weights) -> Path:
-        """Sheet of these weights; the ranks share the work, rank 0 writes the picture and returns its path too."""
+        Every rank holds a full fp32 copy of the weights meanwhile.
+        """
         report, model_facts = self._plan.recipe.report, self._plan.model
-        model = build_model(weights, self._device)
+        model = build_model(full_weights(self._plan, engine, ema, EMA, images_seen), self._device)
         labels = torch.arange(report.samples) % model_facts.num_classes
         images = draw_shared(
             model,
@@ -47,7 +47,7 @@ class SampleSheets:
             sampling_of(self._plan),
             device=self._device,
         )
-        path = self._folder / f"images-{weights.images_seen:09d}.png"
+        path = self._folder / f"images-{images_seen:09d}.png"
         self._save(images, labels.tolist(), path)
         return path
 
@@ -58,8 +58,8 @@ class SampleSheets:
         get_logger("samples").info("wrote %s", path)
 
 
-def full_weights(plan: Plan, engine: Engine, ema: Ema | None, images_seen: int) -> Weights:
-    """Whole fp32 weights on every rank's CPU: the average's, or without one the model's own."""
-    fragments = engine.fragments() if ema is None else ema.fragments
+def full_weights(plan: Plan, engine: Engine, ema: Ema, kind: str, images_seen: int) -> Weights:
+    """Whole fp32 weights on every rank's CPU: an average's by its name, or the model's own for kind `model`."""
+    fragments = engine.fragments() if kind == MODEL else ema.averages[kind]
     state = gather_full(fragments, engine.shapes(), replicated=engine.stage == 0)
-    return Weights(state, plan, images_seen, "model" if ema is None else "ema")
+    return Weights(state, plan, images_seen, kind)

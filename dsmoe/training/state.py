@@ -1,6 +1,6 @@
 """Everything a run must find again, taken out of the engine and put back, under every ZeRO stage and precision.
 
-Tensors travel as pieces (fp32 master, both moments, average), the rest as plain data. Written for any layout to
+Tensors travel as pieces (fp32 master, both moments, averages), the rest as plain data. Written for any layout to
 read: pieces carry global shapes and offsets, plain data is the same on all ranks. Where files go: checkpoint.
 """
 
@@ -16,7 +16,6 @@ from dsmoe.training.ema import Ema
 from dsmoe.training.engine import MASTER, Engine, flat_partitions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-EMA = "ema"
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -24,7 +23,7 @@ def local_pieces(engine: Engine, ema: Ema) -> list[Piece]:
     """What this rank writes: views, to be copied before the next step. Together the ranks' pieces cover all."""
     if not engine.inner_optimizer.state:  # fp16 may have skipped every step so far
         make_moments(engine)
-    sources = {kind: engine.fragments(kind) for kind in (MASTER, *MOMENTS)} | {EMA: ema.fragments}
+    sources = {kind: engine.fragments(kind) for kind in (MASTER, *MOMENTS)} | ema.averages
     pieces = [Piece(kind, f.name, f.shape, f.offset, f.tensor) for kind, found in sources.items() for f in found]
     return pieces if engine.stage else [p for p in map(_own_share, pieces) if p.tensor.numel()]
 
@@ -36,9 +35,9 @@ def _own_share(piece: Piece) -> Piece:
     return Piece(piece.kind, piece.name, piece.shape, low, piece.tensor[low:high])
 
 
-def total_bytes(parameters: int) -> int:
-    """Bytes of a checkpoint of a model with that many parameters, all ranks together."""
-    return 4 * parameters * len((MASTER, *MOMENTS, EMA))
+def total_bytes(parameters: int, averages: int) -> int:
+    """Bytes of a checkpoint of a model with that many parameters and averages, all ranks together."""
+    return 4 * parameters * (len((MASTER, *MOMENTS)) + averages)
 
 
 def plain_state(engine: Engine) -> dict:
@@ -53,13 +52,14 @@ def plain_state(engine: Engine) -> dict:
 
 
 def load(engine: Engine, ema: Ema, reader: Reader) -> None:
-    """Put a checkpoint of any layout into a fresh engine and average; CheckpointError when it does not fit."""
+    """Put a checkpoint of any layout into a fresh engine and averages; CheckpointError when it does not fit."""
     make_moments(engine)
     for kind in (MASTER, *MOMENTS):
         for f in engine.fragments(kind):
             reader.fill(f.name, kind, f.shape, f.offset, f.tensor)
-    for f in ema.fragments:
-        reader.fill(f.name, EMA, f.shape, f.offset, f.tensor)
+    for kind, fragments in ema.averages.items():
+        for f in fragments:
+            reader.fill(f.name, kind, f.shape, f.offset, f.tensor)
     _set_optimizer_steps(engine, reader.state["optimizer_steps"])
     _publish_weights(engine)
     scaler = _loss_scaler(engine)

@@ -130,7 +130,7 @@ def test_overrides_reach_every_level_and_the_last_one_counts(load):
     assert (recipe.train.images, recipe.train.seed, recipe.name) == (100000, 2, "mine")
     assert (recipe.model.depth, recipe.model.num_experts, recipe.model.patch) == (4, 0, 4)
     assert (recipe.optimizer.betas, recipe.optimizer.lr) == ((0.5, 0.75), 2e-4)
-    assert (recipe.ema.decay, recipe.ema.half_life_images) == (0.5, None)
+    assert (recipe.ema.decay, recipe.ema.half_life_images) == ((0.5,), ())
     assert recipe.balance.scope == "none"
     assert recipe.report.cfg_channels == 3
     assert recipe.train.global_batch == 128, "what is not named stays"
@@ -153,9 +153,16 @@ def test_steps_leave_out_a_last_partial_batch():
 
 
 def test_half_life_halves_the_weight_of_the_start():
-    decay = made_recipe(ema={"half_life_images": 1000}).ema.step_decay(8)
+    decay = made_recipe(ema={"half_life_images": 1000}).ema_decays["ema"]
     assert decay ** (1000 / 8) == pytest.approx(0.5, rel=1e-12)
-    assert made_recipe(ema={"decay": 0.99}).ema.step_decay(8) == 0.99
+    assert made_recipe(ema={"decay": 0.99}).ema_decays == {"ema": 0.99}
+
+
+def test_several_averages_have_a_name_each_and_the_first_is_the_runs_own():
+    assert made_recipe(ema={"decay": [0.99, 0.5]}).ema_decays == {"ema": 0.99, "ema_0.5": 0.5}
+    decays = made_recipe(ema={"half_life_images": [800, "1.6e3"]}).ema_decays
+    assert list(decays) == ["ema", "ema_1600"]
+    assert decays["ema"] == pytest.approx(decays["ema_1600"] ** 2, rel=1e-12)
 
 
 # Overrides that contradict its other fields or leave the allowed range.
@@ -188,6 +195,10 @@ REFUSED = [
     (["ema.half_life_images=null"], ("ema.decay is None", "exactly one")),
     (["ema.half_life_images=0"], ("ema.half_life_images", "0", "above 0")),
     (["ema={decay: 1.0}"], ("ema.decay", "1.0", "[0, 1)")),
+    (["ema={decay: [0.9, 1.5]}"], ("ema.decay", "1.5", "[0, 1)")),
+    (["ema={decay: [0.9, 0.99, 0.9]}"], ("ema.decay is [0.9, 0.99, 0.9]", "twice")),
+    (["ema={decay: []}"], ("ema.decay is None", "exactly one")),
+    (["ema={decay: [0.9, x]}"], ("ema.decay is 'x'", "finite number")),
     (["train.global_batch=0"], ("train.global_batch", "0", "at least 1")),
     (["train.images=100"], ("train.images", "100", "train.global_batch")),
     (["train.label_dropout=1"], ("train.label_dropout", "1.0", "[0, 1)")),

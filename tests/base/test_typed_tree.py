@@ -21,6 +21,7 @@ class Outer:
     rate: float = 0.5
     on: bool = False
     pair: tuple[float, float] = (0.0, 1.0)
+    several: tuple[int, ...] = ()
     limit: int | None = None
     share: float | None = None
     channels: int | str = 3
@@ -51,6 +52,9 @@ def yaml_file(tmp_path, text):
         ("on", True, True),
         ("pair", [1, "1e-2"], (1.0, 0.01)),
         ("pair", (1, 2), (1.0, 2.0)),
+        ("several", 3, (3,)),
+        ("several", [3, "4e1"], (3, 40)),
+        ("several", None, ()),
         ("limit", None, None),
         ("limit", 7, 7),
         ("limit", "1e3", 1000),
@@ -88,6 +92,8 @@ def test_values_get_the_type_of_their_field(key, given, taken):
         ("pair", 3, ("pair", "3", "list of 2")),
         ("pair", [1.0], ("pair", "[1.0]", "list of 2")),
         ("pair", [1.0, "x"], ("pair", "'x'", "finite number")),
+        ("several", [1, 2.5], ("several", "2.5", "whole number")),
+        ("several", {"a": 1}, ("several", "'a'", "whole number")),
         ("limit", "x", ("limit", "'x'", "whole number")),
         ("channels", None, ("channels", "None")),
         ("path", 7, ("path", "7", "text", "quotes")),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from made_plan import made_plan
+from made_plan import made_plan, made_recipe
 
 from dsmoe.__main__ import main
 from dsmoe.checkpoint.manifest import Piece
@@ -16,14 +16,14 @@ def run(tmp_path):
     """A run with three checkpoints of a real model, whose average is twice its weights; cut over two ranks."""
     root = tmp_path / "run" / "ckpt"
     root.mkdir(parents=True)
-    store, plan = Store(root), made_plan()
+    store, plan = Store(root), made_plan(made_recipe(ema={"decay": [0.9, 0.5]}))
     weights = {name: p.detach() for name, p in new_model(plan).named_parameters()}
     for images_seen in (8, 16, 24):
         temporary = store.temporary(images_seen, "t")
         temporary.mkdir()
         for rank in range(2):
             pieces = []
-            for kind, factor in (("master", 1.0), ("ema", 2.0)):
+            for kind, factor in (("master", 1.0), ("ema", 2.0), ("ema_0.5", 3.0)):
                 for name, tensor in weights.items():
                     flat = tensor.reshape(-1) * factor
                     cut = flat.numel() // 2
@@ -76,7 +76,7 @@ def test_prune_counts_whole_ones_only(run, capsys):
     assert "at least 1" in err
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("ema", 2.0), ("model", 1.0)])
+@pytest.mark.parametrize(("kind", "factor"), [("ema", 2.0), ("ema_0.5", 3.0), ("model", 1.0)])
 def test_export_gives_a_weight_file_of_the_newest_whole_one(run, capsys, tmp_path, kind, factor):
     store, weights = run
     damage(store, 24)
@@ -85,7 +85,8 @@ def test_export_gives_a_weight_file_of_the_newest_whole_one(run, capsys, tmp_pat
     assert code == 0
     assert "at 16 images" in out
     loaded = load_weights(file)
-    assert (loaded.kind, loaded.images_seen, loaded.plan) == (kind, 16, made_plan())
+    assert (loaded.kind, loaded.images_seen) == (kind, 16)
+    assert list(loaded.plan.recipe.ema_decays) == ["ema", "ema_0.5"]
     assert loaded.state.keys() == weights.keys()
     assert all(torch.equal(loaded.state[name], weights[name] * factor) for name in weights)
     build_model(loaded)
@@ -93,7 +94,11 @@ def test_export_gives_a_weight_file_of_the_newest_whole_one(run, capsys, tmp_pat
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--export", "x.pt"], "ends in .safetensors"), (["--export", "/proc/none/x.safetensors"], "cannot write")],
+    [
+        (["--export", "x.pt"], "ends in .safetensors"),
+        (["--export", "/proc/none/x.safetensors"], "cannot write"),
+        (["--export", "x.safetensors", "--kind", "ema_0.4"], "Did you mean 'ema_0.5'"),
+    ],
 )
 def test_mistakes_are_one_line(run, capsys, arguments, said):
     code, _, err = say(capsys, run[0], *arguments)

@@ -145,7 +145,7 @@ def new_run(science, stage, accumulation, checkpointing, start=0, **config):
     return Training(
         plan=_Plan(science, accumulation),
         engine=engine,
-        ema=Ema(engine, 0.9),
+        ema=Ema(engine, {"ema": 0.9}),
         batches=(
             latents(micro_batch(step, a, rank, world, micro, GLOBAL))
             for step in range(start, STEPS)

@@ -1,0 +1,45 @@
+"""The moving averages against their closed form; sharding is shown by tests/training/test_layouts.py."""
+
+import torch
+
+from dsmoe.training.ema import Ema
+from dsmoe.training.engine import Fragment
+
+DECAYS = {"ema": 0.9, "ema_0.5": 0.5}
+
+
+class _Engine:
+    """Weights of two parameters, the second owned in part, in fresh storage at every look."""
+
+    def __init__(self):
+        self.weights = [torch.tensor([1.0, -2.0]), torch.tensor([4.0])]
+
+    def fragments(self):
+        one, two = (w.clone() for w in self.weights)
+        return [Fragment("one", (2,), 0, one), Fragment("two", (3,), 1, two)]
+
+
+def test_every_average_is_the_geometric_sum_of_the_weights_it_saw():
+    engine = _Engine()
+    seen = [torch.cat(engine.weights).double()]
+    ema = Ema(engine, DECAYS)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        engine.weights = [w + torch.randn(w.shape, generator=generator) for w in engine.weights]
+        seen.append(torch.cat(engine.weights).double())
+        ema.update()
+    for name, decay in DECAYS.items():
+        n = len(seen) - 1
+        truth = decay**n * seen[0] + sum((1 - decay) * decay ** (n - i) * seen[i] for i in range(1, n + 1))
+        found = torch.cat([f.tensor for f in ema.averages[name]]).double()
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)  # 25 roundings of fp32, values below 20
+        assert [(f.name, f.shape, f.offset) for f in ema.averages[name]] == [("one", (2,), 0), ("two", (3,), 1)]
+    assert ema.fragments is ema.averages["ema"]
+
+
+def test_a_rank_that_owns_nothing_keeps_nothing():
+    engine = _Engine()
+    engine.fragments = list
+    ema = Ema(engine, DECAYS)
+    ema.update()
+    assert ema.averages == {"ema": [], "ema_0.5": []}
