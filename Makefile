@@ -56,10 +56,13 @@ test: env
 	timeout --foreground -s INT -k 30 $(DISTRIBUTED_SECONDS) $(PY) -m pytest -q -m distributed </dev/null || status=$$?; \
 	exit $$status
 
-# What does not fit into `make test`. Both go on where they were when started again; results lie in .test-full.
+# What does not fit into `make test`. Each goes on where it was when started again; results lie in .test-full.
 test-full: env
 	$(PY) tests/full/invariance_table.py --write docs/invariance.md
-	PYTHONPATH=. $(PY) benchmarks/kill_and_resume.py --folder .test-full/kills --kills 100
+	$(PY) tests/full/invariance_fp64.py --write docs/invariance.md
+	$(PY) tests/full/bf16_statement.py --write docs/invariance.md
+	$(PY) tests/full/layout_change.py --write docs/layout_change.md
+	PYTHONPATH=. $(PY) benchmarks/kill_and_resume.py --folder .test-full/kills --kills 100 --write .test-full/kills.md
 
 lint: env
 	$(PY) -m ruff check .

@@ -1,22 +1,25 @@
 """Does a killed run lose anything? Kills a small CPU run with SIGKILL at random moments until it has been enough.
 
-    python benchmarks/kill_and_resume.py --folder DIR [--kills 100] [--ranks 2] [--seed 0]
+    python benchmarks/kill_and_resume.py --folder DIR [--kills 100] [--ranks 2] [--seed 0] [--write FILE.md]
 
 Checkpoints are made every second step, so that many kills fall into the writing of one. After each kill every
 committed checkpoint must be whole and none may have gone but by retention; a run that reaches its end must have the
 rows and the weights of the unbroken one, bit by bit. Moments are drawn from (seed, number of the kill). Started
-again with the same folder it goes on where it was. Exit code 1 at the first loss.
+again with the same folder it goes on where it was. --write: also a report. Exit code 1 at the first loss.
 """
 
 import argparse
 import json
 import os
+import platform
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -42,6 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, metavar="FILE.md")
     given = parser.parse_args(argv)
     given.folder.mkdir(parents=True, exist_ok=True)
     whole, broken = given.folder / "whole", given.folder / "broken"
@@ -51,29 +55,79 @@ def main(argv: list[str]) -> int:
         print(f"the unbroken run failed; see {whole.with_suffix('.log')}", file=sys.stderr)
         return 1
     log = given.folder / "kills.jsonl"
-    done = log.read_text().splitlines() if log.exists() else []
-    for number in range(len(done), given.kills):
+    while sum(life["killed"] for life in lives(log)) < given.kills:
+        number = len(lives(log))
         record = one_life(config, broken, given.ranks, random.Random(f"{given.seed} {number}"))
         if (broken / "DONE").exists():
             record["lost"] = record["lost"] or difference(whole, broken)
             record["ended"] = True
             shutil.rmtree(broken)
         with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kill": number, **record}) + "\n")
+            file.write(json.dumps({"life": number, "commit": commit(), **record}) + "\n")
         print(number, record, flush=True)
         if record["lost"]:
-            return 1
-    return summary(log)
+            break
+    records = lives(log)
+    print(summary(records))
+    if given.write:
+        given.write.write_text(report(given, records), encoding="utf-8")
+    return 1 if any(record["lost"] for record in records) else 0
 
 
-def summary(log: Path) -> int:
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+def lives(log: Path) -> list[dict]:
+    """The records so far: starts of the run, nearly all of which ended by a kill."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def summary(records: list[dict]) -> str:
+    """The outcome in a line."""
     count = {name: sum(bool(r.get(name)) for r in records) for name in ("killed", "saving", "ended", "lost")}
-    print(
+    return (
         f"{count['killed']} kills, {count['saving']} of them while a checkpoint was being written; {count['ended']} "
         f"runs reached their end equal to the unbroken one; losses: {count['lost']}"
     )
-    return 1 if count["lost"] else 0
+
+
+def commit() -> str:
+    """The checkout's commit, and whether what runs differs from it."""
+    name, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "dsmoe", "launchers"])
+    )
+    return name + ("-dirty" if changed else "")
+
+
+def report(given: argparse.Namespace, records: list[dict]) -> str:
+    """The results file: outcome, circumstances, and every life."""
+    killed = [r for r in records if r["killed"]]
+    facts = {
+        "kills": len(killed),
+        "of one rank alone, the others following": sum(r["one_rank"] for r in killed),
+        "while a checkpoint was being written": sum(r["saving"] for r in killed),
+        "before the first checkpoint of a run": sum(not r["committed"] for r in killed),
+        "lives that reached the end before their kill came": len(records) - len(killed),
+        "finished runs, rows and both weights equal to the unbroken run bit by bit": sum(
+            bool(r.get("ended")) and not r["lost"] for r in records
+        ),
+        "committed checkpoints lost or damaged, or other faults": sum(bool(r["lost"]) for r in records),
+    }
+    rows = "\n".join(f"| {what} | {count} |" for what, count in facts.items())
+    commits = ", ".join(sorted({r["commit"] for r in records}))
+    return f"""# Kills and resumes, {date.today()}
+
+`python benchmarks/kill_and_resume.py --folder DIR --kills {given.kills} --ranks {given.ranks} --seed {given.seed}`
+
+{os.cpu_count()} CPU cores, {platform.machine()}, no GPU; Python {platform.python_version()}, torch {version("torch")},
+DeepSpeed {version("deepspeed")}; dsmoe at commit {commits}. {given.ranks} ranks under torchrun, ZeRO-1, fp32, a MoE
+of depth 2, {STEPS} steps of {BATCH} images, a checkpoint every second step, {KEEP} kept. Moments are drawn from (seed,
+number of the life): {START_SHARE:.0%} within {START_SECONDS:g} s of the start, the rest within {TRAINING_SECONDS:g} s
+of the first new row; {ONE_RANK_SHARE:.0%} hit one rank, the rest all processes. After each, every committed checkpoint
+is read whole.
+
+| what | count |
+|---|---|
+{rows}
+"""
 
 
 def start(config: Path, run: Path, ranks: int) -> subprocess.Popen:

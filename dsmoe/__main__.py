@@ -1,4 +1,5 @@
-"""`python -m dsmoe COMMAND`: what the machine offers, which recipes there are, what a run has saved.
+"""`python -m dsmoe COMMAND`: what the machine offers, which recipes there are, what a run has saved, what
+a model costs and where it fits.
 
 Training starts from launchers/.
 """
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 from dsmoe import __version__
 from dsmoe.base.errors import EXIT_BAD_INPUT, UserError
+from dsmoe.scaling.options import add_arguments as add_plan_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dsmoe",
-        description="What this machine offers, which recipes there are, what a run has saved. Training starts from "
-        "launchers/.",
+        description="What this machine offers, which recipes there are, what a run has saved, what a model costs and "
+        "where it fits. Training starts from launchers/.",
     )
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -41,7 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--prune", type=int, metavar="N", help="delete all older than the newest N whole ones")
     action.add_argument("--export", metavar="FILE", help="write the newest whole one's weights to FILE.safetensors")
     saved.add_argument("--kind", default="ema", help="weights to export: model, or an average's name (default ema)")
+    saved.add_argument("--at", type=int, metavar="IMAGES", help="export that checkpoint instead, by images seen")
     saved.set_defaults(run=_checkpoints)
+    macs = commands.add_parser("macs", help="parameters and multiply-accumulates of a model, by arithmetic and counted")
+    macs.add_argument("name", metavar="PRESET|RECIPE", help="a name or a .yaml file; all: every preset, as markdown")
+    macs.add_argument("--resolution", type=int, metavar="PX", help="image side (default the recipe's, or 256)")
+    macs.add_argument("--classes", type=int, metavar="N", help="number of classes (default the recipe's, or 1000)")
+    macs.set_defaults(run=_macs)
+    plan = commands.add_parser("plan", help="lay a model out over a cluster: memory, traffic, a ranked recommendation")
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -66,13 +77,28 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
     store = command.open_store(arguments.folder)
     if arguments.export:
-        print(command.export(store, arguments.export, arguments.kind))
+        print(command.export(store, arguments.export, arguments.kind, arguments.at))
     elif arguments.prune is not None:
         gone = command.prune(store, arguments.prune)
         print(f"deleted {', '.join(gone)}" if gone else "nothing to delete")
     else:
         for name, facts in command.listing(store, arguments.verify):
             print(f"{name}  {facts}")
+    return 0
+
+
+def _macs(arguments: argparse.Namespace) -> int:
+    from dsmoe.scaling import macs
+
+    sizes = arguments.resolution, arguments.classes
+    print(macs.table(*sizes) if arguments.name == macs.ALL else macs.report(macs.sized_model(arguments.name, *sizes)))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from dsmoe.scaling import report
+
+    print(report.run(arguments))
     return 0
 
 

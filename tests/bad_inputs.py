@@ -76,6 +76,7 @@ def photos(name, files, *, says, path="photos"):
     return Case(name=name, args=args, files=files, says=says)
 
 
+FLOW = ("diffusion.schedule=rectified_flow", "diffusion.prediction=velocity")
 GOOD = "model: {preset: nano}\ntrain: {images: 4096}\n"
 
 RECIPES = [
@@ -161,6 +162,11 @@ OVERRIDES = [
     override("unknown codec", "codec.name=kl_small", says=("'kl_small'", "Did you mean 'kl-small'")),
     override("unknown data source", "data.source=imagenet", says=("data.source 'imagenet'", "scenes, image_folder")),
     override("unknown noise schedule", "diffusion.schedule=linaer", says=("'linaer'", "Did you mean 'linear'")),
+    override("unknown prediction", "diffusion.prediction=eps", says=("'eps'", "epsilon, v, x0, velocity")),
+    override("unknown time density", "diffusion.time_density=normal", says=("'normal'", "uniform, logit_normal")),
+    override("unknown noise", "diffusion.noise=gausian", says=("'gausian'", "Did you mean 'gaussian'")),
+    override("unknown sampler", "report.sampler=dpm", says=("'dpm'", "auto, ddim, ancestral, euler")),
+    override("unknown spacing", "report.spacing=trail", says=("'trail'", "Did you mean 'trailing'")),
     override(
         "unknown balance scope", "balance.scope=batch", says=("balance.scope 'batch'", "sample, step, micro, none")
     ),
@@ -178,6 +184,48 @@ CONTRADICTIONS = [
         "more sampling steps than timesteps",
         "diffusion.timesteps=20",
         says=("sample_steps 50", "timesteps 20", "fewer"),
+    ),
+    override(
+        "velocity on a discrete schedule",
+        "diffusion.prediction=velocity",
+        says=("prediction is velocity", "schedule is linear", "schedule=rectified_flow", "epsilon, v or x0"),
+    ),
+    override(
+        "noise prediction on rectified flow",
+        "diffusion.schedule=rectified_flow",
+        says=("prediction is epsilon", "schedule is rectified_flow", "prediction=velocity"),
+    ),
+    override(
+        "logit-normal times of discrete steps",
+        "diffusion.time_density=logit_normal",
+        says=("time_density is logit_normal", "schedule linear", "time_density=uniform"),
+    ),
+    override(
+        "timesteps of rectified flow",
+        *FLOW,
+        "diffusion.timesteps=500",
+        says=("timesteps is 500", "continuous", "leave timesteps out"),
+    ),
+    override(
+        "strength of Gaussian noise",
+        "diffusion.noise_strength=0.5",
+        says=("noise_strength is 0.5", "noise is gaussian", "noise=multi_resolution"),
+    ),
+    override("Euler on a discrete schedule", "report.sampler=euler", says=("sampler euler", "is linear", "take ddim")),
+    override("DDIM on rectified flow", *FLOW, "report.sampler=ddim", says=("sampler ddim", "take euler")),
+    override("eta of Euler", *FLOW, "report.eta=0.5", says=("eta is 0.5", "sampler euler takes none", "leave eta out")),
+    override("eta out of range", "report.eta=1.5", says=("eta is 1.5", "from 0 (deterministic) to 1")),
+    override(
+        "spacing of ancestral sampling",
+        "report.sampler=ancestral",
+        "report.spacing=leading",
+        says=("spacing is leading", "sampler ancestral takes none"),
+    ),
+    override(
+        "too few timesteps for the betas",
+        "diffusion.timesteps=10",
+        "report.sample_steps=5",
+        says=("schedule 'linear' with 10 timesteps", "use more timesteps"),
     ),
     override(
         "decay and half-life", "ema.decay=0.99", says=("ema.decay is 0.99", "half_life_images 5000", "exactly one")

@@ -65,6 +65,6 @@ def made_plan(recipe: Recipe | None = None, *, world_size: int = 2, precision: s
         ),
         codec={"name": "none", "sha256": "none", "scale": "1.0", "factor": "1"},
         schedule={"learning rate": "0 -> 0.0001"},
-        memory={"parameters": 4000, "EMA": 2000},
+        memory={"averages": 1 << 20, "parameters": 2 << 20, "host moments": 4 << 20},
         warnings=("the EMA is short.",),
     )

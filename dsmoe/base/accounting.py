@@ -5,15 +5,18 @@ Parameters are counted as published tables count them: the fixed position embedd
 
 Multiply-accumulates (MACs) follow the DiT paper, whose "Gflops" they are (contracts section 3): every matrix
 product of one image's forward pass, attention's q.k and weights.v included, and of the routed experts only
-the top_k a token visits. Not counted: biases, normalisations, activations, softmax, modulation, residuals,
-the label look-up. One training step costs three times the forward pass, two operations a MAC.
+the top_k a token visits ("active" in tables; "all experts" is the same network with top_k = num_experts, see
+`visiting_all_experts`). Not counted: biases, normalisations, activations, softmax, modulation, residuals, the
+label look-up. One training step costs three times the forward pass, two operations a MAC.
 """
 
+import dataclasses
 from dataclasses import asdict, dataclass
 
 from dsmoe.base.presets import ModelSpec
 
 TIMESTEP_DIM = 256
+TRAINING_FLOPS_PER_MAC = 6  # two operations, and the backward pass costs twice the forward pass
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ def _expert_matrices(spec: ModelSpec) -> int:
     return (3 if spec.expert_kind == "swiglu" else 2) * spec.dim * spec.mlp_hidden
 
 
+def visiting_all_experts(spec: ModelSpec) -> ModelSpec:
+    """The network in which every token visits every expert; `spec` itself when dense."""
+    return dataclasses.replace(spec, top_k=spec.num_experts) if spec.is_moe else spec
+
+
 def count_parameters(
     spec: ModelSpec,
     *,
@@ -89,7 +97,7 @@ def count_parameters(
     timestep = TIMESTEP_DIM * dim + dim + dim * dim + dim
     label = (num_classes + int(null_class)) * dim
     final = 2 * dim * (dim + 1) + out * (dim + 1)
-    block = 3 * dim * (dim + 1) + dim * (dim + 1) + 6 * dim * (dim + 1)
+    block = 3 * dim * (dim + 1) + dim * (dim + 1) + 6 * dim * (dim + 1) + int(spec.qk_norm) * 4 * spec.head_dim
     expert = 0
     if spec.is_moe:
         expert = _expert_matrices(spec) + (hidden + dim if spec.expert_kind == "gelu" else 0)

@@ -12,6 +12,7 @@ from dsmoe.base.errors import CheckpointError
 from dsmoe.base.recipe import Recipe, recipe_from_dict, recipe_to_dict, science_hash
 
 PLAN_FORMAT = 1
+HOST = "host"  # begins the name of a memory component that lies in host memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run, resolved. `schedule` holds the end points that people compare (alpha_bar, learning rates)."""
+    """One run, resolved. `schedule` holds the end points that people compare (alpha_bar, learning rates).
+
+    memory: bytes of a rank in the fullest moment of a step, by component (base.memory).
+    """
 
     recipe: Recipe
     engine: EngineFacts
@@ -148,7 +152,18 @@ def describe(plan: Plan) -> str:
         ("ds_config", f"{engine.ds_config} ({engine.about})"),
     ]
     rows += [(key, str(value)) for key, value in plan.schedule.items()]
-    rows += [(f"memory: {key}", f"{value / 2**20:,.1f} MiB a GPU") for key, value in plan.memory.items()]
+    rows += _memory_rows(plan.memory)
     lines = [f"{key:<28}{value}" for key, value in rows]
     lines += [f"{'warning':<28}{text}" for text in plan.warnings]
     return "\n".join(lines)
+
+
+def _memory_rows(memory: dict[str, int]) -> list[tuple[str, str]]:
+    """The total of the device, then every component, largest first."""
+    total = sum(size for name, size in memory.items() if not name.startswith(HOST))
+    rows = [("memory", f"{total / 2**20:,.1f} MiB a rank at its fullest, without codec and libraries")]
+    rows += [
+        (f"memory: {name}", f"{size / 2**20:,.1f} MiB")
+        for name, size in sorted(memory.items(), key=lambda item: -item[1])
+    ]
+    return rows

@@ -20,6 +20,7 @@ class ModelSpec:
     expert_kind: "swiglu" (three matrices, no bias; DiT-MoE) or "gelu" (two matrices with biases; upcycled DiT).
     shared_ratio: hidden size of the always-on SwiGLU shared expert in units of dim; 0 for none.
     renormalize: divide the top-k probabilities by their sum (off in published DiT-MoE weights).
+    qk_norm: LayerNorm over each head's queries and keys before their product (the released DiT-MoE XL and G).
     """
 
     depth: int
@@ -32,6 +33,7 @@ class ModelSpec:
     expert_kind: str = "swiglu"
     shared_ratio: float = 0.0
     renormalize: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("depth", "dim", "heads", "patch", "top_k"):
@@ -63,6 +65,11 @@ class ModelSpec:
         return self.num_experts > 0
 
     @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.dim // self.heads
+
+    @property
     def mlp_hidden(self) -> int:
         """Hidden units of the dense MLP and of each routed expert."""
         return int(self.dim * self.mlp_ratio)
@@ -77,8 +84,8 @@ def _dense(depth: int, dim: int, heads: int, patch: int = 2) -> ModelSpec:
     return ModelSpec(depth=depth, dim=dim, heads=heads, patch=patch)
 
 
-def _moe(depth: int, dim: int, heads: int, experts: int, patch: int = 2) -> ModelSpec:
-    return ModelSpec(depth=depth, dim=dim, heads=heads, patch=patch, num_experts=experts, shared_ratio=2.0)
+def _moe(depth: int, dim: int, heads: int, experts: int, qk_norm: bool = False) -> ModelSpec:
+    return ModelSpec(depth=depth, dim=dim, heads=heads, num_experts=experts, shared_ratio=2.0, qk_norm=qk_norm)
 
 
 _DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -93,13 +100,13 @@ PRESETS: dict[str, ModelSpec] = {
     "a6": _dense(32, 1792, 16),
     # DiT (Peebles & Xie 2023), Table 1.
     **{f"{size}/{patch}": _dense(*shape, patch) for size, shape in _DIT_SIZES.items() for patch in (2, 4, 8)},
-    # Paper Table 2 and the DiT-MoE family (Fei et al. 2024).
+    # Paper Table 2 and the DiT-MoE family (Fei et al. 2024), whose two largest have q/k norms (contracts 2.2).
     "S/2-8E2A": _moe(12, 384, 6, 8),
     "S/2-16E2A": _moe(12, 384, 6, 16),
     "B/2-8E2A": _moe(12, 768, 12, 8),
     "L/2-8E2A": _moe(24, 1024, 16, 8),
-    "XL/2-8E2A": _moe(28, 1152, 16, 8),
-    "G/2-16E2A": _moe(40, 1408, 16, 16),
+    "XL/2-8E2A": _moe(28, 1152, 16, 8, qk_norm=True),
+    "G/2-16E2A": _moe(40, 1408, 16, 16, qk_norm=True),
     # The paper's upcycled generalist backbone: DiT-XL/2 with GELU experts, no shared expert (section 4.4).
     "XL-8E2A": ModelSpec(depth=28, dim=1152, heads=16, num_experts=8, expert_kind="gelu"),
     # CPU sizes, ours.

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsmoe.base.diffusion import AUTO, SAMPLERS, SPACING, DiffusionSpec, check_sampler, settle_sampler
 from dsmoe.base.errors import ConfigError, choose_from
 from dsmoe.base.presets import ModelSpec
 from dsmoe.base.typed_tree import from_mapping, read_yaml, set_by_path
@@ -19,8 +20,6 @@ DEFAULT_RECIPE = "quickstart"
 
 SOURCES = ("scenes", "image_folder")
 CACHES = ("none", "memory")
-PREDICTIONS = ("epsilon",)
-BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 LR_SCHEDULES = ("constant", "exponential")
 BALANCE_SCOPES = ("sample", "step", "micro", "none")
 
@@ -76,21 +75,6 @@ class CodecSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionSpec:
-    """Paper eq. 1-2: prediction target, noise schedule, T timesteps, learned variance range (contracts 2.1.10)."""
-
-    prediction: str = "epsilon"
-    learn_sigma: bool = True
-    schedule: str = "linear"
-    timesteps: int = 1000
-
-    def __post_init__(self) -> None:
-        _one_of("diffusion.prediction", self.prediction, PREDICTIONS)
-        _one_of("diffusion.schedule", self.schedule, BETA_SCHEDULES)
-        _require(2 <= self.timesteps <= 10000, "diffusion.timesteps", self.timesteps, "from 2 to 10000")
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimizerSpec:
     """AdamW and its learning-rate schedule, counted in images.
 
@@ -120,16 +104,22 @@ class OptimizerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceSpec:
-    """Expert load balancing (design decision 5); coefficients multiply the sum over layers."""
+    """Expert load balancing (design decision 5); coefficients multiply the sum over layers.
+
+    bias_rate: balancing without a loss, 0 for none: after each step an expert's selection bias moves by so much, up
+    when it had less than its share, down when more (Wang et al. 2024; 1e-3 there).
+    """
 
     scope: str = "sample"
     coefficient: float = 0.01
     z_coefficient: float = 0.0
+    bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("balance.scope", self.scope, BALANCE_SCOPES)
         _require(self.coefficient >= 0, "balance.coefficient", self.coefficient, "0 or more")
         _require(self.z_coefficient >= 0, "balance.z_coefficient", self.z_coefficient, "0 or more")
+        _require(0 <= self.bias_rate <= 1, "balance.bias_rate", self.bias_rate, "in [0, 1]; 0.001 is usual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +193,16 @@ class ReportSpec:
     """What is shown while training and at its end; no effect on the trained weights.
 
     Periods are counted in images; 0 turns sample grids during training off (the final one is always drawn).
+    sampler: auto is euler on rectified_flow, else ddim. spacing, eta: of ddim alone (diffusion.samplers).
     """
 
     log_every: int = 25600
     sample_every: int = 0
     samples: int = 16
+    sampler: str = AUTO
     sample_steps: int = 50
+    spacing: str = SPACING
+    eta: float = 0.0
     guidance: float = 4.0
     cfg_channels: int | str = 3
 
@@ -216,6 +210,7 @@ class ReportSpec:
         _require(self.log_every >= 1, "report.log_every", self.log_every, "at least 1 image")
         _require(self.sample_every >= 0, "report.sample_every", self.sample_every, "0 (off) or more")
         _require(1 <= self.samples <= 4096, "report.samples", self.samples, "from 1 to 4096")
+        _one_of("report.sampler", self.sampler, (AUTO, *SAMPLERS))
         _require(1 <= self.sample_steps <= 10000, "report.sample_steps", self.sample_steps, "from 1 to 10000")
         _require(self.guidance >= 1, "report.guidance", self.guidance, "1 (no guidance) or more")
         _require(self.cfg_channels in (3, "all"), "report.cfg_channels", self.cfg_channels, "3 or all")
@@ -272,9 +267,11 @@ class Recipe:
                 f"optimizer.warmup_images {self.optimizer.warmup_images} is not below train.images "
                 f"{self.train.images}; shorten the warm-up or train longer."
             )
-        if self.report.sample_steps > self.diffusion.timesteps:
+        report = self.report
+        check_sampler(settle_sampler(report.sampler, self.diffusion), report.spacing, report.eta, self.diffusion)
+        if report.sample_steps > self.diffusion.most_sample_steps:
             raise ConfigError(
-                f"report.sample_steps {self.report.sample_steps} exceeds diffusion.timesteps "
+                f"report.sample_steps {report.sample_steps} exceeds diffusion.timesteps "
                 f"{self.diffusion.timesteps}; take fewer steps."
             )
         if self.report.guidance > 1 and self.train.label_dropout == 0:

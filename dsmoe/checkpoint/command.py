@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from dsmoe.base.errors import CheckpointError, choose_from
 from dsmoe.base.plan import Plan
 from dsmoe.base.run_folder import RunFolder
@@ -61,15 +63,20 @@ def prune(store: Store, keep: int) -> list[str]:
     return [store.path(n).name for n in gone]
 
 
-def export(store: Store, file: str, kind: str) -> str:
-    """Write the newest whole checkpoint's weights of a kind to `file`; one line about it.
+def export(store: Store, file: str, kind: str, at: int | None = None) -> str:
+    """Write a checkpoint's weights of a kind to `file`: of the one `at` images seen, or the newest whole one.
 
-    kind: `model`, or the name of an average that the run keeps.
+    kind: `model`, or the name of an average that the run keeps. Returns one line about it.
     """
     path = Path(file)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"--export is {file!r}; give a name that ends in .safetensors.")
-    images_seen = next((n for n in store.committed() if not store.damage(n)), None)
+    found = store.committed()
+    if at is not None and at not in found:
+        raise CheckpointError(
+            f"--at is {at} and {store.root} has none of that; choose from {', '.join(map(str, found))}."
+        )
+    images_seen = next((n for n in found if at in (None, n) and not store.damage(n)), None)
     if images_seen is None:
         raise CheckpointError(f"{store.root} holds no whole checkpoint; nothing to export.")
     reader = Reader(store.path(images_seen))
@@ -78,6 +85,7 @@ def export(store: Store, file: str, kind: str) -> str:
     if kind not in kinds:
         raise CheckpointError(choose_from("--kind", kind, kinds))
     weights = {name: reader.whole(name, "master" if kind == MODEL else kind) for name in reader.shapes}
+    weights |= {name: torch.tensor(values) for name, values in reader.state.get("buffers", {}).items()}
     try:
         save_weights(path, Weights(weights, plan, images_seen, kind))
     except OSError as error:

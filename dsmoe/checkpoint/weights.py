@@ -74,6 +74,7 @@ def new_model(plan: Plan, **extra: object) -> DiT:
         learn_sigma=facts.learn_sigma,
         null_class=facts.null_class,
         balance_scope=plan.recipe.balance.scope,
+        selection_bias=plan.recipe.balance.bias_rate > 0,
         **extra,
     )
 

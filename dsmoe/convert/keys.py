@@ -1,9 +1,10 @@
 """Published state-dict layouts <-> ours, as pure functions on dicts of tensors.
 
-Known layouts: DiT (contracts 2.1.1), DiT-MoE S and B (2.2: one module an expert, SwiGLU) and upcycled DiT
-(2.3: one GELU MLP with biases an expert). Ours differs in two ways only: the experts of a block are stacked
-into three tensors, and the position embedding is computed, not stored. File formats, EMA wrappers and the
-other published variants (joint Wqkv with q/k norm, several patch convolutions) do not live here.
+Known layouts: DiT (contracts 2.1.1), DiT-MoE (2.2: one module an expert, SwiGLU; S and B with timm's names of
+attention, XL and G with flash-attn's) and upcycled DiT (2.3: one GELU MLP with biases an expert). Ours differs
+in two ways only: the experts of a block are stacked into three tensors, and the position embedding is computed,
+not stored. File formats, EMA wrappers and the one other published variant (several patch convolutions) do not
+live here.
 """
 
 import math
@@ -20,6 +21,14 @@ from dsmoe.models.embedders import position_embedding
 POSITION_KEY = "pos_embed"
 POSITION_TOLERANCE = 1e-5
 _SHOWN = 6
+
+# Our name of an attention layer -> its name in a layout; layers that are not here have our names. Only names differ:
+# rows of Wqkv are ordered (q|k|v, head, feature) like timm's and ours, in flash-attn (flash_attn/modules/mha.py:
+# "three h d") and in DiT-MoE (models.py: view(b, s, 3, heads, head_dim)), both read on 2026-11-23.
+ATTENTION_LAYOUTS: dict[str, dict[str, str]] = {
+    "timm": {},
+    "flash": {"qkv": "Wqkv", "proj": "out_proj"},
+}
 
 # A None in a shape is a size the architecture leaves open (latent channels, labels, outputs).
 Shape = tuple[int | None, ...]
@@ -44,6 +53,9 @@ def _common_shapes(spec: ModelSpec) -> dict[str, Shape]:
         block = f"blocks.{i}"
         linear(f"{block}.attn.qkv", 3 * dim, dim)
         linear(f"{block}.attn.proj", dim, dim)
+        if spec.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                shapes |= {f"{block}.attn.{name}.{leaf}": (spec.head_dim,) for leaf in ("weight", "bias")}
         linear(f"{block}.adaLN_modulation.1", 6 * dim, dim)
         if not spec.is_moe:
             linear(f"{block}.mlp.fc1", spec.mlp_hidden, dim)
@@ -80,9 +92,22 @@ def _published_expert_shapes(spec: ModelSpec) -> dict[str, Shape]:
     }
 
 
-def published_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Key -> shape of the published layout of `spec`; None marks an open size."""
-    shapes = _common_shapes(spec) | {POSITION_KEY: (1, None, spec.dim)}
+def _published_names(spec: ModelSpec, attention: str) -> dict[str, str]:
+    """Our key -> published key, for every tensor that is passed on whole."""
+    assert attention in ATTENTION_LAYOUTS, f"attention layout {attention!r}, one of {', '.join(ATTENTION_LAYOUTS)}"
+    names = {key: key for key in _common_shapes(spec)}
+    for i in range(spec.depth):
+        for ours, theirs in ATTENTION_LAYOUTS[attention].items():
+            for leaf in ("weight", "bias"):
+                names[f"blocks.{i}.attn.{ours}.{leaf}"] = f"blocks.{i}.attn.{theirs}.{leaf}"
+    return names
+
+
+def published_shapes(spec: ModelSpec, attention: str = "timm") -> dict[str, Shape]:
+    """Key -> shape of the published layout of `spec`; None marks an open size. attention: of ATTENTION_LAYOUTS."""
+    names = _published_names(spec, attention)
+    shapes = {names[key]: shape for key, shape in _common_shapes(spec).items()}
+    shapes[POSITION_KEY] = (1, None, spec.dim)
     for prefix in _expert_prefixes(spec):
         for e in range(spec.num_experts):
             shapes |= {f"{prefix}{e}.{key}": shape for key, shape in _published_expert_shapes(spec).items()}
@@ -168,16 +193,16 @@ def _stack(state: Mapping[str, Tensor], prefix: str, key: str, experts: int) -> 
     return torch.stack(tensors)
 
 
-def from_published(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+def from_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: str = "timm") -> dict[str, Tensor]:
     """Published weights as our state dict, bit for bit; tensors that need no packing are passed on, not
-    copied.
+    copied. attention: the layout of ATTENTION_LAYOUTS, "flash" for the released DiT-MoE XL and G.
 
     Raises CheckpointError naming missing, unexpected and wrongly shaped keys, or a foreign position
     embedding. The grid of `pos_embed` may be any square; the model the result goes into computes its own.
     """
-    _check(state, published_shapes(spec), "published")
+    _check(state, published_shapes(spec, attention), f"published {attention}")
     _check_position(state[POSITION_KEY], spec.dim)
-    ours = {key: state[key] for key in _common_shapes(spec)}
+    ours = {key: state[name] for key, name in _published_names(spec, attention).items()}
     for prefix in _expert_prefixes(spec):
         if spec.expert_kind == "swiglu":
             ours[f"{prefix}w1"] = _stack(state, prefix, "gate_proj.weight", spec.num_experts)
@@ -192,15 +217,17 @@ def from_published(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Te
     return ours
 
 
-def to_published(state: Mapping[str, Tensor], spec: ModelSpec, *, input_size: int) -> dict[str, Tensor]:
+def to_published(
+    state: Mapping[str, Tensor], spec: ModelSpec, *, input_size: int, attention: str = "timm"
+) -> dict[str, Tensor]:
     """Our state dict in the published layout, with `pos_embed` in fp32 for a latent side of `input_size`.
 
-    Tensors are passed on or are views of the packed ones, not copies. Raises CheckpointError as
+    Tensors are passed on or are views of the packed ones, not copies. attention and CheckpointError as in
     `from_published`.
     """
     _check(state, our_shapes(spec), "dsmoe")
     assert input_size % spec.patch == 0, (input_size, spec.patch)
-    published = {key: state[key] for key in _common_shapes(spec)}
+    published = {name: state[key] for key, name in _published_names(spec, attention).items()}
     table = position_embedding(spec.dim, input_size // spec.patch)
     published[POSITION_KEY] = torch.from_numpy(table).float()[None]
     for prefix in _expert_prefixes(spec):

@@ -1,7 +1,8 @@
 """What the network predicts and how it is scored: corruption, targets, reverse step distribution, loss.
 
-Lives here: predictions (epsilon, v, x0), reverse variances, the DiT training loss. Not here: drawing t and
-noise (the caller, by sample index), reduction over the batch and balance losses (training), masks (tasks).
+Lives here: predictions on discrete schedules (epsilon, v, x0), reverse variances, the DiT training loss. Not here:
+rectified flow (flow), drawing t and noise (the caller, by sample index), reduction over the batch and balance
+losses (training), masks (tasks).
 """
 
 import dataclasses
@@ -104,6 +105,15 @@ class Objective:
     def to(self, device: torch.device | str) -> "Objective":
         """The same objective with its tables on a device."""
         return dataclasses.replace(self, schedule=self.schedule.to(device))
+
+    def describe(self) -> dict[str, str]:
+        """What `--plan` prints of it."""
+        alpha_bar = self.schedule.alpha_bar
+        variance = "learned variance range" if self.variance == "learned_range" else "fixed variance"
+        return {
+            "objective": f"{self.prediction}, {variance}",
+            "noise schedule": f"{self.schedule.name}, alpha_bar {alpha_bar[0]:.6g} .. {alpha_bar[-1]:.3g}",
+        }
 
     def model_time(self, t: Tensor) -> Tensor:
         """The time [B] float32 a network is told for steps t [B]: original step units (contracts 2.1.3)."""

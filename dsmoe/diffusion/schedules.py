@@ -1,7 +1,7 @@
-"""Noise schedules, the timesteps a sampler visits, and respacing.
+"""Discrete noise schedules, the timesteps a sampler visits, and respacing.
 
 Lives here: beta schedules and every table derived from them, in fp64. Not here: what a network predicts
-(objective), how a sample is walked back (samplers).
+(objective), how a sample is walked back (samplers), rectified flow, which has no tables (flow).
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmoe.base.diffusion import SPACINGS
 from dsmoe.base.errors import ConfigError, choose_from
-
-SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True, eq=False)

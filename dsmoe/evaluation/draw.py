@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsmoe.base.command_line import Parser
+from dsmoe.base.diffusion import SAMPLERS, SPACING, SPACINGS, check_sampler
 from dsmoe.base.errors import CheckpointError, ConfigError, choose_from
 from dsmoe.base.plan import Plan
 from dsmoe.base.run_folder import RunFolder
@@ -27,11 +28,12 @@ from dsmoe.evaluation.command import check_output, on_main_for_all, run, whole_f
 from dsmoe.models.dit import DiT
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.logging import get_logger
-from dsmoe.tasks.class_sampling import SAMPLERS, Sampling, draw_shared, sampling_of
+from dsmoe.tasks.class_sampling import Sampling, draw_shared, sampling_of
 from dsmoe.tasks.pictures import grid
 
 SHEET_IMAGES = 1024  # a sheet of more is no use to the eye; --npz holds them all
 _WIDE, _WIDEST = 8, 16  # columns of a sheet
+_CHANGEABLE = ("sampler", "steps", "spacing", "eta", "guidance", "cfg_channels", "seed")
 _LISTED = 40  # class names that an error line still lists
 
 
@@ -110,15 +112,14 @@ def choose_classes(text: str, names: Sequence[str]) -> list[int]:
 
 def choose_sampling(plan: Plan, options: argparse.Namespace) -> Sampling:
     """The plan's own way of drawing with what the command line changes; ConfigError on values that cannot be."""
-    given = {
-        name: getattr(options, name)
-        for name in ("sampler", "steps", "guidance", "cfg_channels", "seed")
-        if getattr(options, name) is not None
-    }
-    sampling = dataclasses.replace(sampling_of(plan), **given)
-    timesteps = plan.recipe.diffusion.timesteps
-    if not 1 <= sampling.steps <= timesteps:
-        raise ConfigError(f"--steps is {sampling.steps}; these weights know 1 to {timesteps}.")
+    own, spec = sampling_of(plan), plan.recipe.diffusion
+    given = {name: getattr(options, name) for name in _CHANGEABLE if getattr(options, name) is not None}
+    if given.get("sampler", own.sampler) != own.sampler:
+        given = {"spacing": SPACING, "eta": 0.0} | given  # the run's own belong to its own sampler
+    sampling = dataclasses.replace(own, **given)
+    check_sampler(sampling.sampler, sampling.spacing, sampling.eta, spec)
+    if not 1 <= sampling.steps <= spec.most_sample_steps:
+        raise ConfigError(f"--steps is {sampling.steps}; these weights know 1 to {spec.most_sample_steps}.")
     if not (math.isfinite(sampling.guidance) and sampling.guidance >= 1):
         raise ConfigError(f"--guidance is {sampling.guidance}; it must be 1 (none) or more.")
     if sampling.guidance > 1 and not plan.model.null_class:
@@ -146,7 +147,9 @@ def add_sampling_options(parser: Parser) -> None:
         "--checkpoint", metavar="RUN|FILE", help="run folder (its averaged weights) or .safetensors file"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="network evaluations an image (default: the run's)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default ddim")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's (euler for rectified flow, else ddim)")
+    parser.add_argument("--spacing", choices=SPACINGS, help="timesteps that ddim visits (default: the run's)")
+    parser.add_argument("--eta", type=float, metavar="E", help="of ddim, 0 (deterministic) to 1 (default: the run's)")
     parser.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 for none")
     parser.add_argument("--cfg-channels", type=_channels, metavar="3|all", help="latent channels that are guided")
     parser.add_argument("--seed", type=int, metavar="S", help="default: the run's")
@@ -195,9 +198,14 @@ def _sample(options: argparse.Namespace, device: Device) -> int:
 def describe(sampling: Sampling) -> str:
     """One line for people."""
     return (
-        f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g} "
+        f"{' '.join([sampling.sampler, *_unusual(sampling)])}, {sampling.steps} steps, guidance {sampling.guidance:g} "
         f"(channels {sampling.cfg_channels}), seed {sampling.seed}"
     )
+
+
+def _unusual(sampling: Sampling) -> list[str]:
+    """Spacing and eta where they are not the default."""
+    return [sampling.spacing] * (sampling.spacing != SPACING) + [f"eta{sampling.eta:g}"] * (sampling.eta != 0)
 
 
 def default_sheet(trained: Trained, sampling: Sampling) -> Path:
@@ -205,11 +213,8 @@ def default_sheet(trained: Trained, sampling: Sampling) -> Path:
     folder = trained.path.parent
     if folder.name == "ckpt" and RunFolder(folder.parent).plan.exists():
         folder = RunFolder(folder.parent).samples
-    weights = trained.weights
-    return folder / (
-        f"{weights.kind}-{weights.images_seen:09d}-{sampling.sampler}{sampling.steps}"
-        f"-g{sampling.guidance:g}-seed{sampling.seed}.png"
-    )
+    weights, walk = trained.weights, "-".join([f"{sampling.sampler}{sampling.steps}", *_unusual(sampling)])
+    return folder / (f"{weights.kind}-{weights.images_seen:09d}-{walk}-g{sampling.guidance:g}-seed{sampling.seed}.png")
 
 
 def _check_outputs(out: Path, npz: Path | None) -> None:

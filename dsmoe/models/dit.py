@@ -66,12 +66,12 @@ class Block(nn.Module):
     The feed-forward part is `mlp` in a dense model and `moe` in a MoE model. A fresh block is the identity.
     """
 
-    def __init__(self, spec: ModelSpec, *, balance_scope: str, moe_cls: type[nn.Module]) -> None:
+    def __init__(self, spec: ModelSpec, *, moe_cls: type[nn.Module], **balance: object) -> None:
         super().__init__()
         self.is_moe = spec.is_moe
-        self.attn = Attention(spec.dim, spec.heads)
+        self.attn = Attention(spec.dim, spec.heads, qk_norm=spec.qk_norm)
         if spec.is_moe:
-            self.moe = moe_cls(spec, balance_scope=balance_scope)
+            self.moe = moe_cls(spec, **balance)
         else:
             self.mlp = Mlp(spec.dim, spec.mlp_hidden)
         self.adaLN_modulation = _adaln(spec.dim, 6)
@@ -106,7 +106,7 @@ class DiT(FixedBufferModule):
     spec: the architecture. input_size: latent side S, a multiple of spec.patch (else ConfigError).
     in_channels: latent channels C. num_classes: labels 0..num_classes-1; with `null_class` one more row,
     index num_classes, stands for "no label". learn_sigma: the output has 2C channels, prediction then
-    variance. balance_scope: passed to every MoE block. moe_cls: the MoE block, replaced by the training
+    variance. balance_scope, selection_bias: passed to every MoE block. moe_cls: the MoE block, replaced by the training
     engine's subclass.
 
     Storage may be fp32, bf16 or fp64; LayerNorm, modulation, softmax, router and timestep features are
@@ -124,6 +124,7 @@ class DiT(FixedBufferModule):
         learn_sigma: bool,
         null_class: bool = True,
         balance_scope: str = "sample",
+        selection_bias: bool = False,
         moe_cls: type[nn.Module] = MoE,
     ) -> None:
         super().__init__()
@@ -137,13 +138,15 @@ class DiT(FixedBufferModule):
         self.in_channels = in_channels
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes = num_classes
+        self.tokens = (input_size // spec.patch) ** 2
         self.activation_checkpointing = False
         self.register_fixed("pos_embed", position_embedding(spec.dim, input_size // spec.patch)[None])
         self.x_embedder = PatchEmbed(in_channels, spec.dim, spec.patch)
         self.t_embedder = TimestepEmbedder(spec.dim)
         self.y_embedder = LabelEmbedder(num_classes, spec.dim, null_class)
         self.blocks = nn.ModuleList(
-            Block(spec, balance_scope=balance_scope, moe_cls=moe_cls) for _ in range(spec.depth)
+            Block(spec, moe_cls=moe_cls, balance_scope=balance_scope, selection_bias=selection_bias)
+            for _ in range(spec.depth)
         )
         self.final_layer = FinalLayer(spec.dim, spec.patch**2 * self.out_channels)
 
@@ -154,6 +157,7 @@ class DiT(FixedBufferModule):
         parameters. Bound b means U(-b, b):
 
         - x_embedder.proj, attn.qkv, attn.proj, mlp.fc1, mlp.fc2: weight b = sqrt(6/(in+out)), bias 0;
+        - attn.q_norm, attn.k_norm: weight 1, bias 0;
         - t_embedder.mlp.{0,2}: weight N(0, 0.02), bias 0; y_embedder.embedding_table: N(0, 0.02);
         - every adaLN_modulation.1 and final_layer.linear: 0;
         - moe.gate.weight: b = 1/sqrt(D); moe.experts and moe.shared_experts matrices: b = sqrt(6/(in+out)) of

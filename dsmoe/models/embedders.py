@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe.base.accounting import TIMESTEP_DIM
+from dsmoe.ops.initialize import initialize
 
 MAX_PERIOD = 10_000.0
+
+
+def _small_normal(weight: Tensor) -> None:
+    nn.init.normal_(weight, std=0.02)
 
 
 class Linear(nn.Linear):
@@ -24,7 +29,7 @@ class Linear(nn.Linear):
     """
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        initialize(self.weight, nn.init.xavier_uniform_)
         nn.init.zeros_(self.bias)
 
 
@@ -40,7 +45,7 @@ class NormalLinear(Linear):
     """Linear layer with weight N(0, 0.02), bias 0: the timestep MLP."""
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        initialize(self.weight, _small_normal)
         nn.init.zeros_(self.bias)
 
 
@@ -48,7 +53,7 @@ class PatchConv(nn.Conv2d):
     """Patch projection [D, C, p, p] initialised as the Linear [D, C*p*p] it is: xavier_uniform, bias 0."""
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight.view(self.weight.shape[0], -1))
+        initialize(self.weight, lambda weight: nn.init.xavier_uniform_(weight.flatten(1)))
         nn.init.zeros_(self.bias)
 
 
@@ -56,7 +61,7 @@ class LabelTable(nn.Embedding):
     """Embedding rows N(0, 0.02), the null row included."""
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        initialize(self.weight, _small_normal)
 
 
 class FixedBufferModule(nn.Module):

@@ -56,6 +56,15 @@ def step_balance(probs: Tensor, previous_load: Tensor) -> Tensor:
     return load_balance(probs.mean((0, 1)), previous_load.to(probs.dtype))
 
 
+def selection_bias_step(counts: Tensor, rate: float) -> Tensor:
+    """Change [E] of the selection bias after an optimizer step: +rate below the mean count, -rate above it, else 0.
+
+    counts [E]: choices of the whole global batch, whole numbers, so that every layout takes the same decision
+    (Wang et al. 2024, algorithm 1).
+    """
+    return rate * torch.sign(counts.sum() - counts.shape[0] * counts).to(torch.float32)
+
+
 def load_balance(mean_probs: Tensor, load: Tensor) -> Tensor:
     """E * sum_e P_e load_e over the last dimension."""
     return mean_probs.shape[-1] * (mean_probs * load).sum(-1)

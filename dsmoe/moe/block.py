@@ -18,41 +18,59 @@ class MoE(nn.Module):
     Parameters: gate.weight, experts.{w1,w2,w3}, and with spec.shared_ratio > 0
     shared_experts.{gate_proj,up_proj,down_proj}.weight. balance_scope: one of base.recipe.BALANCE_SCOPES. The buffer
     previous_load [E] serves scope "step" only; it starts uniform and is kept in the checkpoint by training.
+    selection_bias: with a buffer of that name [E], part of the state dict, which balancing without a loss moves after
+    every optimizer step (update_selection_bias) and which steers the choice of experts, not their gates.
     """
 
-    def __init__(self, spec: ModelSpec, *, balance_scope: str = "sample") -> None:
-        super().__init__()
+    def __init__(self, spec: ModelSpec, *, balance_scope: str = "sample", selection_bias: bool = False) -> None:
+        nn.Module.__init__(self)  # not super(): the engine's subclass has a second base, which builds itself otherwise
         assert spec.is_moe, "a dense spec has no experts"
         self.balance_scope = balance.check_scope(balance_scope)
         self.gate = Gate(spec.dim, spec.num_experts, spec.top_k, spec.renormalize)
-        self.experts = Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
+        self.experts = self.new_experts(spec)
         self.shared_experts = SharedExpert(spec.dim, spec.shared_hidden) if spec.shared_hidden else None
         # Converted last: under zero.Init every constructor, whatever its dtype argument, returns the run's bf16.
         load = torch.ones(spec.num_experts).to(torch.float32)
         self.register_buffer("previous_load", load, persistent=False)
+        self.register_buffer("selection_bias", load.clone().zero_() if selection_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A uniform previous load; the parameters are the children's own (`DiT.initialize` comes here too)."""
+        """A uniform previous load, no bias; the parameters are the children's own (`DiT.initialize` comes here too)."""
         self.previous_load.fill_(1.0 / self.previous_load.numel())
+        if self.selection_bias is not None:
+            self.selection_bias.zero_()
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
         """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together."""
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.gate(tokens)
-        y = self.routed(tokens, routing)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
+        routing = self.gate(tokens, self.selection_bias)
+        y, shared = self.mixture(tokens, routing)
+        if shared is not None:
+            y = y + shared
         return y.to(x.dtype).view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
 
-    def routed(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
-        """The routed experts' part, [N, D] -> [N, D] in float32; where expert parallelism enters."""
-        return dispatch.local(tokens, routing, self.experts)
+    def new_experts(self, spec: ModelSpec) -> Experts:
+        """The routed experts that live here; where expert parallelism enters, with `mixture`."""
+        return Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
+
+    def mixture(self, tokens: Tensor, routing: ops.Routing) -> tuple[Tensor, Tensor | None]:
+        """tokens [N, D] -> what the routed experts make of them [N, D] in float32, and the shared one, if any."""
+        return dispatch.local(tokens, routing, self.experts), self.shared(tokens)
+
+    def shared(self, tokens: Tensor) -> Tensor | None:
+        """The shared expert's part [N, D]."""
+        return None if self.shared_experts is None else self.shared_experts(tokens)
 
     @torch.no_grad()
     def update_previous_load(self, load: Tensor) -> None:
         """Set the load [E] of the optimizer step just done (global share of the choices) for scope "step"."""
         self.previous_load.copy_(load)
+
+    @torch.no_grad()
+    def update_selection_bias(self, counts: Tensor, rate: float) -> None:
+        """Move the bias by `rate` against the load of the optimizer step just done; counts [E] of the global batch."""
+        self.selection_bias += balance.selection_bias_step(counts, rate)
 
     def _stats(self, routing: ops.Routing, batch: int, tokens: int) -> MoEStats:
         probs = routing.probs.unflatten(0, (batch, tokens))
@@ -75,9 +93,10 @@ class MoE(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True) -> "MoE":
-        """Casting the module to bf16 must not round the load."""
-        load = self.previous_load
+        """Casting the module to bf16 must not round the load and the bias."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        if self.previous_load.dtype != load.dtype:
-            self.previous_load = load.to(self.previous_load.device)
+        for name, before in kept.items():
+            if self._buffers[name].dtype != before.dtype:
+                self._buffers[name] = before.to(self._buffers[name].device)
         return self

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe import ops
+from dsmoe.ops.initialize import initialize
 
 
 class Gate(nn.Module):
@@ -20,8 +21,8 @@ class Gate(nn.Module):
 
     def reset_parameters(self) -> None:
         """Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(D), 1/sqrt(D)) (contracts 2.2)."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        initialize(self.weight, lambda weight: nn.init.kaiming_uniform_(weight, a=math.sqrt(5)))
 
-    def forward(self, x: Tensor) -> ops.Routing:
-        """x [N, D] -> Routing."""
-        return ops.route(x, self.weight, self.top_k, self.renormalize)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> ops.Routing:
+        """x [N, D] -> Routing. bias [E] is added to the probabilities for the choice alone."""
+        return ops.route(x, self.weight, self.top_k, self.renormalize, bias)

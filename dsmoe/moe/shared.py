@@ -3,13 +3,14 @@
 from torch import Tensor, nn
 
 from dsmoe import ops
+from dsmoe.ops.initialize import initialize
 
 
 class _XavierLinear(nn.Linear):
     """Xavier weights from birth: under zero.Init a child's weights are partitioned before its parent sees them."""
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        initialize(self.weight, nn.init.xavier_uniform_)
 
 
 class SharedExpert(nn.Module):

@@ -45,14 +45,17 @@ def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
 
 
-def route(x: Tensor, weight: Tensor, k: int, renormalize: bool) -> Routing:
+def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
     """Top-k softmax routing of tokens x[N,D] by the gate weight[E,D] (DiT-MoE; contracts 2.2).
 
     Softmax over all experts, then the k largest, in float32 (float64 for float64 input); equal probabilities
     go to the lower expert. Without `renormalize` the gates are the plain probabilities (sum below 1); with it
     they are divided by their sum. Gradients reach probs, gates and logsumexp. E <= 32767.
+
+    bias [E], float32, is added to the probabilities for the choice alone; the gates do not see it (Wang et al. 2024,
+    "Auxiliary-loss-free load balancing", eq. 3).
     """
-    return _OPS["route"](x, weight, k, renormalize)
+    return _OPS["route"](x, weight, k, renormalize, bias)
 
 
 def gather_rows(x: Tensor, order: Tensor, position: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ PURPOSES: dict[str, int] = {
     "sample_noise": 10,
     "sample_step": 11,
     "sample_label": 12,
+    "noise_ratio": 13,
+    "noise_levels": 14,
 }
 
 _MASK = 0xFFFFFFFF

@@ -9,7 +9,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import ParamSpec, TypeVar
 
@@ -26,8 +27,10 @@ from dsmoe.runtime.logging import get_logger
 __all__ = [
     "DEFAULT_TIMEOUT",
     "LaunchPlace",
+    "Transfer",
     "all_gather_tensor",
     "all_reduce_",
+    "all_to_all",
     "barrier",
     "broadcast_object",
     "discover",
@@ -37,6 +40,7 @@ __all__ = [
     "on_main",
     "rank",
     "shutdown",
+    "start_all_to_all",
     "stated_rank",
     "world_size",
 ]
@@ -109,9 +113,9 @@ def rank(group: ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: ProcessGroup | None = None) -> int:
+    """Number of processes, or of those in `group`; 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -151,6 +155,33 @@ def all_gather_tensor(tensor: torch.Tensor, group: ProcessGroup | None = None) -
     gathered = [torch.empty_like(staged) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, staged, group=group)
     return [part.to(tensor.device) for part in gathered]
+
+
+def all_to_all(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """Row r goes to rank r of `group`, row r of the result came from it; [ranks, ...], equal shapes on all ranks."""
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(received, tensor.contiguous(), group=group)
+    return received
+
+
+@dataclass
+class Transfer:
+    """Rows that are arriving: `wait` before they are read."""
+
+    rows: torch.Tensor
+    work: dist.Work
+
+    def wait(self) -> torch.Tensor:
+        """The rows, once they are here (on a GPU: the stream waits, not the host)."""
+        self.work.wait()
+        return self.rows
+
+
+def start_all_to_all(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Transfer:
+    """Begin to move rows [sum(send), D]: the first send[0] to rank 0 of `group` and so on; receive[r] come from r."""
+    received = rows.new_empty(sum(receive), rows.shape[1])
+    work = dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group, async_op=True)
+    return Transfer(received, work)
 
 
 def broadcast_object(value: object, source: int = 0) -> object:

@@ -1,19 +1,20 @@
 """Image generation from a class label: what one training sample is made of. Not here: the loss."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dsmoe.base.diffusion import DiffusionSpec
 from dsmoe.codec.protocol import Posterior
 from dsmoe.ops import random
+from dsmoe.tasks.noising import Noising
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """x0, noise: fp32 [B, C, h, w], clean scaled latents and the noise to mix in; t: int64 [B] timesteps;
-    y: int64 [B] classes, the null class where dropped."""
+    """x0, noise: fp32 [B, C, h, w], clean scaled latents and the noise to mix in; t: [B] times as the objective
+    counts them (Noising.times); y: int64 [B] classes, the null class where dropped."""
 
     x0: Tensor
     t: Tensor
@@ -26,12 +27,14 @@ class ClassConditional:
     """All random parts of a training sample, each drawn by its sample index, so that no layout changes them.
 
     label_dropout: probability of training a sample without its label, for classifier-free guidance
-    (contracts 2.1.7). Every `index` is int64 [B] sample indices, on the device where the result is wanted.
+    (contracts 2.1.7). diffusion: the recipe's, of which times and noise are drawn. Every `index` is int64 [B] sample
+    indices, on the device where the result is wanted.
     """
 
     num_classes: int
     label_dropout: float
     seed: int
+    diffusion: DiffusionSpec
 
     @property
     def null_class(self) -> int:
@@ -43,26 +46,12 @@ class ClassConditional:
         dropped = random.uniform(self.seed, "label_drop", index, ()) < self.label_dropout
         return torch.where(dropped, self.null_class, y)
 
-    def timesteps(self, index: Tensor, num_timesteps: int) -> Tensor:
-        """int64 [B], uniform over 0..num_timesteps-1."""
-        return random.randint(self.seed, "timestep", index, num_timesteps)
-
-    def noise(self, index: Tensor, shape: Sequence[int]) -> Tensor:
-        """Standard normal fp32 [B, *shape]."""
-        return random.normal(self.seed, "noise", index, shape)
-
     def latents(self, posterior: Posterior, index: Tensor) -> Tensor:
         """One draw fp32 [B, C, h, w] from the codec's posterior (contracts 2.1.11)."""
         return posterior.sample(random.normal(self.seed, "posterior", index, posterior.mean.shape[1:]))
 
-    def training_inputs(
-        self, posterior: Posterior, labels: Tensor, index: Tensor, num_timesteps: int
-    ) -> TrainingInputs:
+    def training_inputs(self, posterior: Posterior, labels: Tensor, index: Tensor) -> TrainingInputs:
         """Everything the loss needs of a micro-batch: posterior [B, C, h, w], labels and index int64 [B]."""
-        x0 = self.latents(posterior, index)
-        return TrainingInputs(
-            x0=x0,
-            t=self.timesteps(index, num_timesteps),
-            noise=self.noise(index, x0.shape[1:]),
-            y=self.labels(labels, index),
-        )
+        noising = Noising(self.diffusion, self.seed)
+        x0, t = self.latents(posterior, index), noising.times(index)
+        return TrainingInputs(x0=x0, t=t, noise=noising.noise(index, x0.shape[1:], t), y=self.labels(labels, index))

@@ -1,53 +1,56 @@
 """From class labels to images: guidance, sampler and decoder over any model callable, on one rank or on all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.base.diffusion import SPACING, settle_sampler
 from dsmoe.base.plan import Plan
 from dsmoe.codec.protocol import Codec
 from dsmoe.data.transforms import to_uint8
+from dsmoe.diffusion import TrainingObjective, make_objective
+from dsmoe.diffusion.flow import RectifiedFlow
 from dsmoe.diffusion.guidance import classifier_free
-from dsmoe.diffusion.samplers import ancestral, ddim
-from dsmoe.diffusion.schedules import Schedule, make_schedule
+from dsmoe.diffusion.objective import Objective
+from dsmoe.diffusion.samplers import Model as Denoiser
+from dsmoe.diffusion.samplers import StepNoise, ancestral, ddim, euler
 from dsmoe.ops import random
 from dsmoe.runtime import distributed
 from dsmoe.runtime.logging import Progress
 
-SAMPLERS = ("ddim", "ancestral")
 Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, object]]
 _STEP_BITS = 16  # room for the step number inside the sample index of a step's noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are drawn.
+    """How images are drawn; sampler, spacing and eta must fit the objective (base.diffusion.check_sampler).
 
-    steps: network evaluations an image (two each with guidance above 1). cfg_channels: 3 (published DiT) or "all".
+    steps: network evaluations an image (two each with guidance above 1). spacing, eta: of ddim. cfg_channels: 3
+    (published DiT) or "all" (published DiT-MoE).
     seed: noise is drawn by (seed, image index), so an image does not depend on the batch it is drawn in.
     """
 
-    sampler: str = "ddim"
+    sampler: str
     steps: int = 50
-    spacing: str = "trailing"
+    spacing: str = SPACING
     eta: float = 0.0
     guidance: float = 4.0
     cfg_channels: int | str = 3
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(choose_from("sampler", self.sampler, SAMPLERS))
 
 
 def sampling_of(plan: Plan) -> Sampling:
     """The plan's own way of drawing, as its sample sheets use it."""
     report = plan.recipe.report
     return Sampling(
+        sampler=settle_sampler(report.sampler, plan.recipe.diffusion),
         steps=report.sample_steps,
+        spacing=report.spacing,
+        eta=report.eta,
         guidance=report.guidance,
         cfg_channels=report.cfg_channels,
         seed=plan.recipe.train.seed,
@@ -76,14 +79,12 @@ def draw_shared(
     images = generate(
         model,
         codec,
-        make_schedule(plan.recipe.diffusion.schedule, plan.recipe.diffusion.timesteps),
+        make_objective(plan.recipe.diffusion),
         labels[mine].to(device),
         index[mine].to(device),
         sampling,
         latent_side=plan.model.input_size,
         null_class=plan.model.num_classes,
-        prediction=plan.recipe.diffusion.prediction,
-        learned_variance=plan.model.learn_sigma,
         progress=lambda n: progress.update(n * world),
     )
     progress.finish()
@@ -95,15 +96,13 @@ def draw_shared(
 def generate(
     model: Model,
     codec: Codec,
-    schedule: Schedule,
+    objective: TrainingObjective,
     labels: Tensor,
     index: Tensor,
     sampling: Sampling,
     *,
     latent_side: int,
     null_class: int,
-    prediction: str,
-    learned_variance: bool,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -119,42 +118,45 @@ def generate(
         guided = classifier_free(
             lambda x, t, labels: model(x, t, labels)[0], y, null_class, sampling.guidance, sampling.cfg_channels
         )
-        latents = _walk(guided, start, schedule, numbers, sampling, prediction, learned_variance)
+        noise = partial(_step_noise, sampling.seed, numbers, shape)
+        latents = _WALKS[sampling.sampler](guided, start, objective, sampling, noise)
         images.append(to_uint8(codec.decode(latents)).cpu())
         if progress is not None:
             progress(len(y))
     return torch.cat(images)
 
 
-def _walk(
-    model: Callable[[Tensor, Tensor], Tensor],
-    start: Tensor,
-    schedule: Schedule,
-    numbers: Tensor,
-    sampling: Sampling,
-    prediction: str,
-    learned_variance: bool,
-) -> Tensor:
-    def step_noise(step: int) -> Tensor:
-        return random.normal(sampling.seed, "sample_step", (numbers << _STEP_BITS) + step, start.shape[1:])
+def _step_noise(seed: int, numbers: Tensor, shape: Sequence[int], step: int) -> Tensor:
+    return random.normal(seed, "sample_step", (numbers << _STEP_BITS) + step, shape)
 
-    if sampling.sampler == "ddim":
-        return ddim(
-            model,
-            start,
-            schedule,
-            sampling.steps,
-            sampling.spacing,
-            eta=sampling.eta,
-            noise=step_noise,
-            prediction=prediction,
-        )
+
+def _ddim(model: Denoiser, start: Tensor, objective: Objective, sampling: Sampling, noise: StepNoise) -> Tensor:
+    return ddim(
+        model,
+        start,
+        objective.schedule,
+        sampling.steps,
+        sampling.spacing,
+        eta=sampling.eta,
+        noise=noise,
+        prediction=objective.prediction,
+    )
+
+
+def _ancestral(model: Denoiser, start: Tensor, objective: Objective, sampling: Sampling, noise: StepNoise) -> Tensor:
     return ancestral(
         model,
         start,
-        schedule,
+        objective.schedule,
         str(sampling.steps),
-        step_noise,
-        prediction=prediction,
-        variance="learned_range" if learned_variance else "fixed_small",
+        noise,
+        prediction=objective.prediction,
+        variance=objective.variance,
     )
+
+
+def _euler(model: Denoiser, start: Tensor, flow: RectifiedFlow, sampling: Sampling, noise: StepNoise) -> Tensor:
+    return euler(model, start, flow, sampling.steps)
+
+
+_WALKS = {"ddim": _ddim, "ancestral": _ancestral, "euler": _euler}

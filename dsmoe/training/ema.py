@@ -1,5 +1,6 @@
 """Exponential moving averages of the fp32 master weights, sharded exactly as DeepSpeed shards them."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -19,8 +20,7 @@ class Ema:
         self.decays = dict(decays)
         self._engine = engine
         self.averages = {
-            name: [Fragment(f.name, f.shape, f.offset, f.tensor.clone()) for f in engine.fragments()]
-            for name in decays
+            name: [dataclasses.replace(f, tensor=f.tensor.clone()) for f in engine.fragments()] for name in decays
         }
 
     @property

@@ -7,12 +7,13 @@ every ZeRO stage.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from dsmoe.base.plan import Plan
+from dsmoe.moe.experts import global_place
 from dsmoe.runtime import distributed
 
 MASTER = "master"
@@ -20,12 +21,23 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's part of a parameter: elements [offset, offset + tensor.numel()) of the flattened whole."""
+    """This rank's part of a parameter: elements [offset, offset + tensor.numel()) of the flattened whole.
+
+    copies: how many ranks hold the same part, of which this is number `copy`.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     tensor: torch.Tensor
+    copies: int = 1
+    copy: int = 0
+
+    def own_share(self) -> "Fragment":
+        """This rank's cut of a part that several ranks hold, maybe empty; together their cuts are the part."""
+        size = self.tensor.numel()
+        low, high = size * self.copy // self.copies, size * (self.copy + 1) // self.copies
+        return Fragment(self.name, self.shape, self.offset + low, self.tensor[low:high])
 
 
 class Engine:
@@ -41,6 +53,11 @@ class Engine:
         self.stage = self.engine.zero_optimization_stage()
         self._own_norm = self.stage == 0
         self._norm: torch.Tensor | float | None = None
+        if self._own_norm:
+            # DeepSpeed would take the norm again, and wrongly where ranks hold different experts.
+            self.engine.clip_fp32_gradients = self._clip
+            # Alone it would still copy every gradient into a buffer and back.
+            self.engine.enable_backward_allreduce = distributed.world_size() > 1
 
     @property
     def model(self) -> torch.nn.Module:
@@ -68,9 +85,11 @@ class Engine:
         """One micro-step; the optimizer moves at the accumulation boundary, which the engine counts."""
         if self._own_norm and self.engine.is_gradient_accumulation_boundary():
             # At stage 0 DeepSpeed reports no norm in fp32; the gradients are already averaged here.
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(grads)
+            self._norm = _gradient_norm(self.model.parameters())
         self.engine.step()
+
+    def _clip(self) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.engine.gradient_clipping(), self._norm)
 
     def gradient_norm(self) -> float:
         """Global L2 norm of the last step's averaged gradient, before clipping."""
@@ -78,8 +97,12 @@ class Engine:
         return math.nan if norm is None else float(norm)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shape of every parameter, in the order of named_parameters."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
+        """Global shape of every parameter, all experts included, in the order of named_parameters."""
+        return {name: global_place(p, _shape(p))[0] for name, p in self.model.named_parameters()}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What belongs to the weights and is no parameter: the selection biases, equal on all ranks."""
+        return {name: b for name, b in self.model.named_buffers() if name.endswith(".selection_bias")}
 
     def fragments(self, kind: str = MASTER) -> list[Fragment]:
         """Views of this rank's fp32 master weights, in the order of named_parameters; no communication.
@@ -87,14 +110,14 @@ class Engine:
         kind: or the moments `exp_avg` and `exp_avg_sq`, which exist after the first step (or state.make_moments).
         """
         find = {0: _whole, 1: _zero12, 2: _zero12, 3: _zero3}[self.stage]
-        places = ((name, find(self.engine, p)) for name, p in self.model.named_parameters())
-        return [
-            Fragment(
-                name, place.shape, place.offset, self._state(place.flat, kind).narrow(0, place.start, place.length)
-            )
-            for name, place in places
-            if place is not None
-        ]
+        found = []
+        for name, parameter in self.model.named_parameters():
+            place = find(self.engine, parameter)
+            if place is not None:
+                shape, start = global_place(parameter, _shape(parameter))
+                flat = self._state(place.flat, kind).narrow(0, place.start, place.length)
+                found.append(Fragment(name, shape, start + place.offset, flat, place.copies, place.copy))
+        return found
 
     def _state(self, owner: torch.Tensor, kind: str) -> torch.Tensor:
         found = owner if kind == MASTER else self.inner_optimizer.state[owner][kind]
@@ -108,17 +131,37 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where this rank's part of a parameter lies: `length` elements from `start` in the optimizer's tensor `flat`."""
+    """Where this rank's part of a parameter lies: `length` elements from `start` in the optimizer's tensor `flat`.
 
-    shape: tuple[int, ...]
+    offset: where it begins in the flattened parameter of this rank. copies, copy: as in Fragment.
+    """
+
     offset: int
     flat: torch.Tensor
     start: int
     length: int
+    copies: int = 1
+    copy: int = 0
+
+
+def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """L2 norm of the whole model's averaged gradient, the experts of other ranks included."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    experts = [p for p in with_gradient if hasattr(p, "expert_group")]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if not hasattr(p, "expert_group")])
+    if not experts:
+        return norm
+    squares = torch.nn.utils.get_total_norm([p.grad for p in experts]).square()
+    return (norm.square() + distributed.all_reduce_(squares, "sum", experts[0].expert_group)).sqrt()
 
 
 def _whole(engine: object, parameter: torch.nn.Parameter) -> _Place:
-    return _Place(tuple(parameter.shape), 0, parameter, 0, parameter.numel())
+    group = getattr(parameter, "ds_zero_partition_process_group", None)
+    return _Place(0, parameter, 0, parameter.numel(), distributed.world_size(group), distributed.rank(group))
 
 
 def flat_partitions(optimizer: object) -> list[torch.Tensor]:
@@ -136,7 +179,7 @@ def _zero12(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
         return None
     flat = flat_partitions(engine.optimizer)[mapping.param_group_index]
     place = mapping.hp_fragment_address
-    return _Place(tuple(parameter.shape), mapping.lp_fragment_address.start, flat, place.start, place.numel)
+    return _Place(mapping.lp_fragment_address.start, flat, place.start, place.numel)
 
 
 def _zero3(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
@@ -147,29 +190,25 @@ def _zero3(engine: object, parameter: torch.nn.Parameter) -> _Place | None:
         return None
     # Not safe_get_local_fp32_param: with offload it returns a copy, and a load needs the optimizer's own memory.
     group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    return _Place(tuple(parameter.ds_shape), offset, flat_partitions(optimizer)[group], start, own)
+    return _Place(offset, flat_partitions(optimizer)[group], start, own)
 
 
-def gather_full(
-    fragments: list[Fragment], shapes: dict[str, tuple[int, ...]], replicated: bool
-) -> dict[str, torch.Tensor]:
-    """Whole fp32 tensors on the CPU of every rank, from everybody's fragments.
+def gather(fragments: list[Fragment], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole fp32 tensors by name on the CPU of every rank, one at a time, from everybody's fragments.
 
-    shapes: global shape of every parameter, same order on every rank (the collectives follow it).
-    replicated: every rank owns everything (ZeRO stage 0), so nothing is exchanged.
+    shapes: global shape of every parameter, same order on every rank (the collectives follow it). Exhaust it.
     """
-    own = {f.name: f for f in fragments}
-    whole = {}
+    own = {f.name: f.own_share() for f in fragments}
+    device = fragments[0].tensor.device if fragments else torch.device("cpu")
     for name, shape in shapes.items():
-        fragment = own.get(name)
-        device = fragments[0].tensor.device if fragments else torch.device("cpu")
         flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=device)
-        if fragment is not None:
-            flat.narrow(0, fragment.offset, fragment.tensor.numel()).copy_(fragment.tensor)
-        if not replicated:
-            distributed.all_reduce_(flat, "sum")
-        whole[name] = flat.view(shape).cpu()
-    return whole
+        if name in own:
+            flat.narrow(0, own[name].offset, own[name].tensor.numel()).copy_(own[name].tensor)
+        yield name, distributed.all_reduce_(flat, "sum").view(shape).cpu()
+
+
+def gather_full(fragments, shapes, replicated=None):  # to be removed at integration
+    return dict(gather(fragments, shapes))
 
 
 def build_engine(

@@ -9,7 +9,7 @@ import torch
 from dsmoe.base.plan import Plan
 from dsmoe.codec.protocol import Codec
 from dsmoe.data.loader import Batch
-from dsmoe.diffusion.objective import Objective
+from dsmoe.diffusion import TrainingObjective
 from dsmoe.models.dit import ModelStats
 from dsmoe.preprocess.memory import LatentBatch, posterior_of
 from dsmoe.runtime import distributed
@@ -32,7 +32,7 @@ class Training:
     ema: Ema
     batches: Iterator[Batch | LatentBatch]
     codec: Codec
-    objective: Objective
+    objective: TrainingObjective
     task: ClassConditional
     watch: GradientWatch
     telemetry: Telemetry
@@ -47,19 +47,23 @@ def train(run: Training) -> None:
 
     Stopped when the run was asked to stop and has saved itself.
     """
-    recipe = run.plan.recipe
-    for step in range(run.start_step, recipe.train.steps):
-        report = take_step(run, step)
-        run.ema.update()
-        run.telemetry.push(report)
-        if run.sheets.due(step + 1):
-            run.telemetry.flush()
-            run.sheets.draw(run.engine, run.ema, (step + 1) * recipe.train.global_batch)
-        if run.checkpoints is not None:
-            run.checkpoints.after_step(step + 1)
+    for step in range(run.start_step, run.plan.recipe.train.steps):
+        advance(run, step)
     run.telemetry.flush()
     if run.checkpoints is not None:
         run.checkpoints.close()
+
+
+def advance(run: Training, step: int) -> None:
+    """All that happens from one global batch to the next: the step, the average, figures, sheets, checkpoints."""
+    report = take_step(run, step)
+    run.ema.update()
+    run.telemetry.push(report)
+    if run.sheets.due(step + 1):
+        run.telemetry.flush()
+        run.sheets.draw(run.engine, run.ema, (step + 1) * run.plan.recipe.train.global_batch)
+    if run.checkpoints is not None:
+        run.checkpoints.after_step(step + 1)
 
 
 def take_step(run: Training, step: int) -> StepReport:
@@ -84,11 +88,22 @@ def take_step(run: Training, step: int) -> StepReport:
     figures[6] = run.engine.gradient_norm()
     if run.checkpoints is not None:
         figures[8:] = torch.tensor(run.checkpoints.figures())
-    if load is not None and recipe.balance.scope == "step":
-        shared = distributed.all_reduce_(load.clone(), "mean")
-        for block, of_layer in zip(run.engine.model.blocks, shared, strict=True):
-            block.moe.update_previous_load(of_layer)
+    if load is not None:
+        _balance(run, load)
     return gather_report(step, rate, figures, load)
+
+
+def _balance(run: Training, load: torch.Tensor) -> None:
+    """Tell the routers the load of the step just done: this rank's shares [L, E]."""
+    balance, model = run.plan.recipe.balance, run.engine.model
+    if balance.scope != "step" and not balance.bias_rate:
+        return
+    shared = distributed.all_reduce_(load.clone(), "mean")
+    slots = run.plan.recipe.train.global_batch * model.tokens * model.spec.top_k
+    for block, of_layer in zip(model.blocks, shared, strict=True):
+        block.moe.update_previous_load(of_layer)
+        if balance.bias_rate:
+            block.moe.update_selection_bias((of_layer.double() * slots).round(), balance.bias_rate)
 
 
 def micro_loss(run: Training, batch: Batch | LatentBatch) -> tuple[torch.Tensor, torch.Tensor, ModelStats | None]:
@@ -98,9 +113,7 @@ def micro_loss(run: Training, batch: Batch | LatentBatch) -> tuple[torch.Tensor,
     mean does not depend on how the batch is cut.
     """
     balance = run.plan.recipe.balance
-    inputs = run.task.training_inputs(
-        posterior_of(batch, run.codec), batch.labels, batch.index, run.plan.recipe.diffusion.timesteps
-    )
+    inputs = run.task.training_inputs(posterior_of(batch, run.codec), batch.labels, batch.index)
     x_t = run.objective.corrupt(inputs.x0, inputs.t, inputs.noise)
     output, stats = run.engine(x_t.to(run.engine.dtype), run.objective.model_time(inputs.t), inputs.y)
     terms = run.objective.training_loss(output, inputs.x0, x_t, inputs.t, inputs.noise)

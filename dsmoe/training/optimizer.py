@@ -26,8 +26,14 @@ def choose_implementation(requested: str, *, device_type: str, offload: bool) ->
 def build_optimizer(
     parameters: list[torch.nn.Parameter], spec: OptimizerSpec, implementation: str
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameters` in one group. Every implementation computes the same decoupled update."""
-    group = [{"params": parameters, "name": "all"}]
+    """AdamW over `parameters`. Every implementation computes the same decoupled update.
+
+    Experts that other ranks lack stand in a group of their own, which DeepSpeed's ZeRO 1 and 2 ask for.
+    """
+    groups = [{"params": [p for p in parameters if not hasattr(p, "expert_group")], "name": "all"}]
+    experts = [p for p in parameters if hasattr(p, "expert_group")]
+    if experts:
+        groups.append({"params": experts, "name": experts[0].group_name, "moe": True})
     settings = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
     if implementation == "cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -35,12 +41,12 @@ def build_optimizer(
         # Its extension is compiled at first use, behind a lock on which torch waits for ever.
         cache = extension_cache.use_own_folder(os.environ)
         extension_cache.wait_until_loadable(cache, "cpu_adam", on_wait=get_logger("optimizer").info)
-        return DeepSpeedCPUAdam(group, adamw_mode=True, **settings)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     if implementation == "apex":
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(group, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(group, fused=implementation == "torch_fused", **settings)
+        return FusedAdam(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=implementation == "torch_fused", **settings)
 
 
 def learning_rate(spec: OptimizerSpec, images_seen: int, total_images: int) -> float:

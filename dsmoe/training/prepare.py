@@ -11,7 +11,8 @@ import torch
 from dsmoe.base.accounting import count_macs, count_parameters
 from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import ConfigError, UserError, choose_from
-from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
+from dsmoe.base.memory import Layout, ModelShape, rank_memory
+from dsmoe.base.plan import HOST, DataFacts, EngineFacts, ModelFacts, Plan
 from dsmoe.base.recipe import DEFAULT_RECIPE, EMA, Recipe, load_recipe
 from dsmoe.base.run_folder import RunFolder, default_run_folder
 from dsmoe.checkpoint.saver import require_space
@@ -19,8 +20,8 @@ from dsmoe.checkpoint.store import Store
 from dsmoe.codec import build as build_codec
 from dsmoe.codec.protocol import Codec
 from dsmoe.data.dataset import ImageDataset, build_dataset
-from dsmoe.diffusion.schedules import make_schedule
-from dsmoe.ds_config import Batch, EnginePolicy, check_policy, load_policy, resolve_batch
+from dsmoe.diffusion import make_objective
+from dsmoe.ds_config import Batch, EnginePolicy, check_policy, layout_of, load_policy, resolve_batch
 from dsmoe.preprocess.memory import check_budget
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.distributed import LaunchPlace
@@ -102,7 +103,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         split="train",
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    model, trained = _model_facts(recipe, codec, dataset)
+    model = _model_facts(recipe, codec, dataset)
     if recipe.codec.cache == "memory":
         check_budget(len(dataset), recipe.data.resolution, codec, recipe.data.flip)
     plan = Plan(
@@ -124,7 +125,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         model=model,
         codec=dict(codec.provenance),
         schedule=_end_points(recipe),
-        memory=state_memory(trained, policy, place.world_size),
+        memory=_memory(recipe, model, layout_of(policy, batch, len(recipe.ema_decays)), device),
         warnings=tuple(_warnings(recipe, policy, len(dataset))),
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
@@ -141,8 +142,8 @@ def _check_device(policy: EnginePolicy, device: Device) -> None:
         )
 
 
-def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> tuple[ModelFacts, int]:
-    """The model's sizes, and how many of its parameters are trained."""
+def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFacts:
+    """The model's sizes."""
     resolution, patch = recipe.data.resolution, recipe.model.patch
     unit = codec.factor * patch
     if resolution % unit or resolution % codec.image_multiple:
@@ -160,25 +161,23 @@ def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> tuple[M
     macs = count_macs(
         recipe.model, channels=codec.channels, input_size=facts["input_size"], learn_sigma=facts["learn_sigma"]
     )
-    model = ModelFacts(
+    return ModelFacts(
         in_channels=codec.channels,
         parameters=count.total,
         active_parameters=count.active,
         macs=macs.total,
         **facts,
     )
-    return model, count.trained
 
 
 def _end_points(recipe: Recipe) -> dict[str, str]:
     """The numbers people compare first: where the noise and learning-rate schedules begin and end."""
-    alpha_bar = make_schedule(recipe.diffusion.schedule, recipe.diffusion.timesteps).alpha_bar
-    optimizer, images = recipe.optimizer, recipe.train.images
+    spec, optimizer, images = recipe.diffusion, recipe.optimizer, recipe.train.images
     rates = [learning_rate(optimizer, n, images) for n in (0, optimizer.warmup_images, images)]
-    variance = "learned variance range" if recipe.diffusion.learn_sigma else "fixed variance"
+    noise = f"{spec.noise} of strength {spec.noise_strength:g} t/T" if spec.noise == "multi_resolution" else spec.noise
     return {
-        "objective": f"{recipe.diffusion.prediction}, {variance}",
-        "noise schedule": f"{recipe.diffusion.schedule}, alpha_bar {alpha_bar[0]:.6g} .. {alpha_bar[-1]:.3g}",
+        **make_objective(spec).describe(),
+        "noising": f"{spec.time_density} times, {noise} noise",
         "learning rate": f"{rates[0]:g} -> {rates[1]:g} at {optimizer.warmup_images:,} images -> {rates[2]:g} "
         f"({optimizer.schedule})",
         **{
@@ -192,21 +191,18 @@ def _shown(average: str) -> str:
     return average.replace(EMA, "EMA", 1)
 
 
-def state_memory(trained: int, policy: EnginePolicy, world_size: int) -> dict[str, int]:
-    """Bytes a GPU for parameters, gradients, optimizer and EMA; activations and buffers are not in it.
-
-    trained: parameters that are trained. Low-precision runs keep an fp32 master beside the stored weights.
-    """
-    stored = 4 if policy.precision == "fp32" else 2
-    master = 0 if policy.precision == "fp32" else 4
-    share = [1, world_size]
-    on_device = 0 if policy.offload_optimizer else 1
-    return {
-        "parameters": trained * stored // share[policy.stage >= 3],
-        "gradients": trained * stored // share[policy.stage >= 2],
-        "optimizer": on_device * trained * (8 + master) // share[policy.stage >= 1],
-        "EMA": on_device * trained * 4 // share[policy.stage >= 1],
-    }
+def _memory(recipe: Recipe, model: ModelFacts, layout: Layout, device: Device) -> dict[str, int]:
+    """Bytes a rank at its fullest, by component; what an offloaded optimizer holds on the host stands apart."""
+    shape = ModelShape(
+        spec=recipe.model,
+        input_size=model.input_size,
+        channels=model.in_channels,
+        num_classes=model.num_classes,
+        learn_sigma=model.learn_sigma,
+        null_class=model.null_class,
+    )
+    memory = rank_memory(shape, layout, resident=device.kind == "cpu")
+    return memory.peak | {f"{HOST} {name}": size for name, size in memory.host.items()}
 
 
 def _warnings(recipe: Recipe, policy: EnginePolicy, items: int) -> list[str]:

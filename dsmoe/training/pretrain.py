@@ -24,8 +24,7 @@ from dsmoe.checkpoint.weights import MODEL, Weights, new_model, save_weights
 from dsmoe.data.dataset import FaultReporter, ImageDataset
 from dsmoe.data.loader import Batch, BatchLoader
 from dsmoe.data.order import BatchLayout, SampleOrder
-from dsmoe.diffusion.objective import Objective
-from dsmoe.diffusion.schedules import make_schedule
+from dsmoe.diffusion import make_objective
 from dsmoe.ds_config import engine_config
 from dsmoe.preprocess.memory import LatentBatch, MemoryLatents, Sharing, encode_dataset
 from dsmoe.runtime import distributed, logging
@@ -154,7 +153,6 @@ def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
         state.load(engine, ema, saved)
         if distributed.is_main():
             logging.get_logger().info("resumed at %s images from %s", f"{saved.state['images_seen']:,}", saved.folder)
-    schedule = make_schedule(recipe.diffusion.schedule, recipe.diffusion.timesteps)
     telemetry = Telemetry(
         plan,
         lease,
@@ -171,11 +169,12 @@ def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
         ema=ema,
         batches=batches,
         codec=prepared.codec,
-        objective=Objective(
-            schedule, recipe.diffusion.prediction, "learned_range" if plan.model.learn_sigma else "fixed_small"
-        ).to(device),
+        objective=make_objective(recipe.diffusion).to(device),
         task=ClassConditional(
-            num_classes=plan.model.num_classes, label_dropout=recipe.train.label_dropout, seed=recipe.train.seed
+            num_classes=plan.model.num_classes,
+            label_dropout=recipe.train.label_dropout,
+            seed=recipe.train.seed,
+            diffusion=recipe.diffusion,
         ),
         watch=GradientWatch(engine.model.x_embedder, device),
         telemetry=telemetry,

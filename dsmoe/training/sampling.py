@@ -13,7 +13,7 @@ from dsmoe.runtime.logging import get_logger
 from dsmoe.tasks.class_sampling import draw_shared, sampling_of
 from dsmoe.tasks.pictures import grid, save_png
 from dsmoe.training.ema import Ema
-from dsmoe.training.engine import Engine, gather_full
+from dsmoe.training.engine import Engine, gather
 
 COLUMNS = 8
 
@@ -61,5 +61,5 @@ class SampleSheets:
 def full_weights(plan: Plan, engine: Engine, ema: Ema, kind: str, images_seen: int) -> Weights:
     """Whole fp32 weights on every rank's CPU: an average's by its name, or the model's own for kind `model`."""
     fragments = engine.fragments() if kind == MODEL else ema.averages[kind]
-    state = gather_full(fragments, engine.shapes(), replicated=engine.stage == 0)
-    return Weights(state, plan, images_seen, kind)
+    buffers = {name: buffer.cpu() for name, buffer in engine.buffers().items()}
+    return Weights(dict(gather(fragments, engine.shapes())) | buffers, plan, images_seen, kind)

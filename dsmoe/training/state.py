@@ -11,7 +11,6 @@ import torch
 from dsmoe.base.errors import CheckpointError
 from dsmoe.checkpoint.manifest import Piece
 from dsmoe.checkpoint.reader import Reader
-from dsmoe.runtime import distributed
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import MASTER, Engine, flat_partitions
 
@@ -24,15 +23,8 @@ def local_pieces(engine: Engine, ema: Ema) -> list[Piece]:
     if not engine.inner_optimizer.state:  # fp16 may have skipped every step so far
         make_moments(engine)
     sources = {kind: engine.fragments(kind) for kind in (MASTER, *MOMENTS)} | ema.averages
-    pieces = [Piece(kind, f.name, f.shape, f.offset, f.tensor) for kind, found in sources.items() for f in found]
-    return pieces if engine.stage else [p for p in map(_own_share, pieces) if p.tensor.numel()]
-
-
-def _own_share(piece: Piece) -> Piece:
-    """This rank's cut of a piece that every rank holds whole (stage 0)."""
-    rank, world, size = distributed.rank(), distributed.world_size(), piece.tensor.numel()
-    low, high = size * rank // world, size * (rank + 1) // world
-    return Piece(piece.kind, piece.name, piece.shape, low, piece.tensor[low:high])
+    shares = [(kind, f.own_share()) for kind, found in sources.items() for f in found]
+    return [Piece(kind, f.name, f.shape, f.offset, f.tensor) for kind, f in shares if f.tensor.numel()]
 
 
 def total_bytes(parameters: int, averages: int) -> int:
@@ -41,13 +33,13 @@ def total_bytes(parameters: int, averages: int) -> int:
 
 
 def plain_state(engine: Engine) -> dict:
-    """Optimizer step counter, loss scaler (fp16) and the load of the last step that balance scope `step` uses."""
+    """Optimizer step counter, loss scaler (fp16), and what balancing keeps: last loads and selection biases."""
     scaler = _loss_scaler(engine)
-    blocks = [block.moe.previous_load.tolist() for block in engine.model.blocks if hasattr(block, "moe")]
     return {
         "optimizer_steps": _optimizer_steps(engine),
         "loss_scaler": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
-        "previous_load": blocks,
+        "previous_load": [moe.previous_load.tolist() for moe in _expert_layers(engine)],
+        "buffers": {name: buffer.tolist() for name, buffer in engine.buffers().items()},
     }
 
 
@@ -66,12 +58,20 @@ def load(engine: Engine, ema: Ema, reader: Reader) -> None:
     if scaler is not None:
         for name, value in reader.state["loss_scaler"].items():
             setattr(scaler, name, value)
-    moes = [block.moe for block in engine.model.blocks if hasattr(block, "moe")]
-    loads = reader.state["previous_load"]
+    moes, loads = _expert_layers(engine), reader.state["previous_load"]
     if len(moes) != len(loads):
         raise CheckpointError(f"checkpoint {reader.folder} has {len(loads)} expert layers, the model {len(moes)}.")
     for moe, previous in zip(moes, loads, strict=True):
         moe.update_previous_load(torch.tensor(previous, device=moe.previous_load.device))
+    saved = reader.state.get("buffers", {})
+    if saved.keys() != engine.buffers().keys():
+        raise CheckpointError(f"checkpoint {reader.folder} holds the buffers {sorted(saved)}, the model other ones.")
+    for name, buffer in engine.buffers().items():
+        buffer.copy_(torch.tensor(saved[name]))
+
+
+def _expert_layers(engine: Engine) -> list[torch.nn.Module]:
+    return [block.moe for block in engine.model.blocks if hasattr(block, "moe")]
 
 
 def _loss_scaler(engine: Engine) -> object | None:

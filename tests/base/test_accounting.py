@@ -1,5 +1,6 @@
 """Analytic counts against the papers' tables, hand-counted sizes and the model itself."""
 
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsmoe.base.accounting import count_macs, count_parameters
+from dsmoe.base.accounting import count_macs, count_parameters, visiting_all_experts
 from dsmoe.base.presets import PRESETS, ModelSpec, preset
 from dsmoe.models.dit import DiT
 
@@ -16,26 +17,36 @@ IMAGENET = {"channels": 4, "num_classes": 1000, "learn_sigma": True}
 TINY = ModelSpec(depth=1, dim=8, heads=2, patch=2)
 TINY_MOE = ModelSpec(depth=1, dim=8, heads=2, patch=2, num_experts=4, top_k=1, shared_ratio=2.0)
 
-# Totals and active counts printed in the papers, in millions, and half of the last printed digit.
-PUBLISHED_PARAMETERS = {
-    "a1": (14.8, None, 0.05),
-    "a2": (77.2, None, 0.05),
-    "a3": (215.5, None, 0.05),
-    "a4": (458.1, None, 0.05),
-    "a5": (1199, None, 0.5),
-    "a6": (1863, None, 0.5),
-    "S/2": (33.0, None, 0.05),
-    "B/2": (130.5, None, 0.05),
-    "L/2": (458.1, None, 0.05),
-    "XL/2": (675.1, None, 0.05),
-    "S/2-8E2A": (199, 71.5, 0.55),
-    "S/2-16E2A": (369, 71.7, 0.75),
-    "B/2-8E2A": (796, 286, 0.5),
-    "L/2-8E2A": (2820, 1010, 5),
-    "XL/2-8E2A": (4170, 1490, 5),
-    "XL-8E2A": (2760, 970, 5),
-    "G/2-16E2A": (16500, 3180, 50),
-}
+# (total, active a token) as printed: paper tables 1 and 2, then contracts 2.2, 2.3 and 3; latents of 256 pixels.
+PRINTED_PARAMETERS = [
+    ("a1", "14.8M", None),
+    ("a2", "77.2M", None),
+    ("a3", "215M", None),
+    ("a4", "458M", None),
+    ("a5", "1.2B", None),
+    ("a6", "1.9B", None),
+    ("S/2-8E2A", "199M", "71M"),
+    ("S/2-16E2A", "369M", "71M"),
+    ("L/2-8E2A", "2.8B", "1.0B"),
+    ("S/2", "33.0M", None),
+    ("B/2", "130.5M", None),
+    ("L/2", "458.1M", None),
+    ("XL/2", "675.1M", None),
+    ("XL/4", "675M", None),
+    ("XL/8", "675M", None),
+    ("a3", "215.5M", None),
+    ("a5", "1199M", None),
+    ("a6", "1863M", None),
+    ("S/2-8E2A", "199M", "72M"),
+    ("S/2-16E2A", "369M", "72M"),
+    ("B/2-8E2A", "796M", "286M"),
+    ("L/2-8E2A", "2.82B", "1.01B"),
+    ("XL/2-8E2A", "4.17B", "1.49B"),
+    ("G/2-16E2A", "16.5B", "3.18B"),
+    ("XL-8E2A", "2.76B", "0.97B"),
+]
+# Printed without rounding up: 215.54, 71.91, 71.94 and 675.68 million.
+CUT_OFF = {("a3", "215M"), ("S/2-8E2A", "71M"), ("S/2-16E2A", "71M"), ("XL/8", "675M")}
 
 # GMACs of one forward pass; side in pixels (the latent is an eighth), half of the last printed digit.
 PUBLISHED_MACS = [
@@ -60,16 +71,37 @@ PUBLISHED_MACS = [
 ]
 
 
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
-def test_parameters_match_the_published_tables(name):
-    total, active, rounding = PUBLISHED_PARAMETERS[name]
-    count = count_parameters(preset(name), input_size=32, **IMAGENET)
-    assert count.total / 1e6 == pytest.approx(total, abs=rounding)
-    if active is None:
-        assert count.active == count.total
-        assert count.routed == 0
+def on_meta(spec, **sizes):
+    arguments = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "learn_sigma": True}
+    with torch.device("meta"):
+        return DiT(spec, **(arguments | sizes))
+
+
+def total_and_active(model):
+    """Of a built model: the position embedding counts, and of E experts a token visits k."""
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".moe.experts." in name)
+    total = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
+    idle = routed * (model.spec.num_experts - model.spec.top_k) // model.spec.num_experts if routed else 0
+    return total, total - idle
+
+
+def as_printed(name, text, count):
+    """`count` with the unit and the decimals of `text`."""
+    number, unit = text[:-1], {"M": 1e6, "B": 1e9}[text[-1]]
+    decimals = len(number.partition(".")[2])
+    scale = 10**decimals
+    value = math.floor(count / unit * scale) / scale if (name, text) in CUT_OFF else count / unit
+    return f"{value:.{decimals}f}{text[-1]}"
+
+
+@pytest.mark.parametrize(("name", "total", "active"), PRINTED_PARAMETERS)
+def test_built_models_have_the_printed_number_of_parameters(name, total, active):
+    built = total_and_active(on_meta(preset(name)))
+    assert as_printed(name, total, built[0]) == total
+    if active:
+        assert as_printed(name, active, built[1]) == active
     else:
-        assert count.active / 1e6 == pytest.approx(active, abs=rounding)
+        assert built[1] == built[0]
 
 
 def test_position_embedding_explains_the_table_entry_at_512_pixels():
@@ -128,16 +160,27 @@ def test_macs_match_the_published_tables(name, pixels, gmacs, rounding):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counts_equal_the_model_built_on_the_meta_device(name):
-    spec = PRESETS[name]
-    with torch.device("meta"):
-        model = DiT(spec, input_size=32, in_channels=4, num_classes=1000, learn_sigma=True)
-    count = count_parameters(spec, input_size=32, **IMAGENET)
+    model = on_meta(PRESETS[name])
+    count = count_parameters(PRESETS[name], input_size=32, **IMAGENET)
+    assert total_and_active(model) == (count.total, count.active)
     assert sum(p.numel() for p in model.parameters()) == count.trained
-    assert count.trained + model.pos_embed.numel() == count.total
-    routed = sum(p.numel() for n, p in model.named_parameters() if ".moe.experts." in n)
-    assert routed == count.routed
-    if spec.is_moe:
-        assert count.active == count.total - routed + routed * spec.top_k // spec.num_experts
+    assert sum(p.numel() for n, p in model.named_parameters() if ".moe.experts." in n) == count.routed
+
+
+@pytest.mark.parametrize("name", ["nano", "nano-4E2A"])
+def test_head_norms_add_two_vectors_of_a_head_twice_a_block(name):
+    plain, normed = preset(name), preset(name, qk_norm=True)
+    counts = [count_parameters(spec, input_size=8, **IMAGENET) for spec in (plain, normed)]
+    assert counts[1].total - counts[0].total == counts[1].active - counts[0].active == 4 * 2 * 2 * 32
+    assert counts[1].total == total_and_active(on_meta(normed, input_size=8))[0]
+    macs = [count_macs(spec, channels=4, input_size=8, learn_sigma=True) for spec in (plain, normed)]
+    assert macs[0] == macs[1]
+
+
+def test_visiting_all_experts_changes_nothing_but_top_k():
+    spec = preset("S/2-16E2A")
+    assert visiting_all_experts(spec) == preset("S/2-16E2A", top_k=16)
+    assert visiting_all_experts(preset("S/2")) == preset("S/2")
 
 
 def test_macs_equal_torch_flop_counter():

@@ -65,10 +65,12 @@ def test_printed_plan_holds_the_facts_people_compare():
         "tiny (for tests)", plan.science_hash, "DiT-MoE 4E2A swiglu, depth 2, dim 32, heads 2, patch 2",
         "1,000 total, 600 active", "0.005 G", "3x32x32", "scenes, 64 images, 2 classes, 32 px", "none, factor 1",
         "8 = 4 a rank x 1 accumulated x 2 ranks", "160 images = 20 steps = 2.50 epochs", "ZeRO-1, fp32, AdamW (torch)",
-        "made.json (made by hand)", "0 -> 0.0001", "memory: parameters", "the EMA is short.",
+        "made.json (made by hand)", "0 -> 0.0001", "3.0 MiB a rank at its fullest", "the EMA is short.",
     ):  # fmt: skip
         assert fact in text, fact
     assert text.splitlines()[-1].startswith("warning")
+    components = [line.split()[1:] for line in text.splitlines() if line.startswith("memory: ")]
+    assert components == [["host", "moments", "4.0", "MiB"], ["parameters", "2.0", "MiB"], ["averages", "1.0", "MiB"]]
 
 
 def test_a_dense_model_is_printed_as_one():

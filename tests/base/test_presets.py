@@ -44,6 +44,12 @@ def test_published_experts_are_swiglu_with_shared_ones_and_upcycled_experts_are_
     assert (upcycled.expert_kind, upcycled.shared_hidden, upcycled.renormalize) == ("gelu", 0, False)
 
 
+def test_only_the_released_xl_and_g_have_head_norms():
+    """Contracts 2.2: q_norm and k_norm stand in the keys of XL and G only; 2.3: none in the generalist."""
+    assert {name for name, spec in PRESETS.items() if spec.qk_norm} == {"XL/2-8E2A", "G/2-16E2A"}
+    assert (preset("XL/2-8E2A").head_dim, preset("G/2-16E2A").head_dim) == (72, 88)
+
+
 def test_every_dit_size_exists_with_every_patch():
     assert {f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)} <= set(PRESETS)
 

@@ -165,6 +165,16 @@ def test_several_averages_have_a_name_each_and_the_first_is_the_runs_own():
     assert decays["ema"] == pytest.approx(decays["ema_1600"] ** 2, rel=1e-12)
 
 
+FLOW = ["diffusion.schedule=rectified_flow", "diffusion.prediction=velocity"]
+
+
+def test_rectified_flow_is_reached_by_overrides_and_counts_no_steps(load):
+    recipe = load(*FLOW, "diffusion.time_density=logit_normal", "report.sample_steps=2000", "report.sampler=euler")
+    assert recipe.diffusion.is_flow
+    assert recipe.diffusion.time_density == "logit_normal"
+    assert load(*FLOW).report.sampler == "auto"
+
+
 # Overrides that contradict its other fields or leave the allowed range.
 REFUSED = [
     (["data.source=photos"], ("data.source", "'photos'", "image_folder")),
@@ -175,7 +185,25 @@ REFUSED = [
     (["data.size=0"], ("data.size", "0", "at least 1")),
     (["data.max_bad_fraction=1.5"], ("data.max_bad_fraction", "1.5", "[0, 1]")),
     (["codec.cache=disk"], ("codec.cache", "'disk'", "memory")),
-    (["diffusion.prediction=v"], ("diffusion.prediction", "'v'", "epsilon")),
+    (["diffusion.prediction=noise"], ("diffusion.prediction", "'noise'", "epsilon, v, x0, velocity")),
+    (["diffusion.time_density=normal"], ("diffusion.time_density", "'normal'", "logit_normal")),
+    (["diffusion.noise=pyramid"], ("diffusion.noise", "'pyramid'", "multi_resolution")),
+    (["diffusion.prediction=velocity"], ("prediction is velocity", "schedule is linear", "=rectified_flow")),
+    (["diffusion.schedule=rectified_flow"], ("prediction is epsilon", "rectified_flow", "prediction=velocity")),
+    (["diffusion.time_density=logit_normal"], ("logit_normal", "schedule linear", "=uniform", "=rectified_flow")),
+    ([*FLOW, "diffusion.timesteps=500"], ("diffusion.timesteps is 500", "continuous", "leave timesteps out")),
+    (["diffusion.noise_strength=0.5"], ("noise_strength is 0.5", "gaussian", "diffusion.noise=multi_resolution")),
+    (["diffusion.noise=multi_resolution", "diffusion.noise_strength=0"], ("noise_strength is 0.0", "(0, 1]")),
+    (["diffusion.noise=multi_resolution", "diffusion.noise_strength=1.5"], ("noise_strength is 1.5", "(0, 1]")),
+    (["report.sampler=dim"], ("report.sampler", "'dim'", "Did you mean 'ddim'")),
+    (["report.sampler=euler"], ("sampler euler", "schedule is linear", "take ddim")),
+    ([*FLOW, "report.sampler=ddim"], ("sampler ddim", "rectified_flow", "take euler")),
+    ([*FLOW, "report.sampler=ancestral"], ("sampler ancestral", "rectified_flow", "take euler")),
+    (["report.spacing=even"], ("sampler spacing", "'even'", "leading, trailing, linspace")),
+    (["report.eta=2"], ("eta is 2.0", "from 0")),
+    (["report.sampler=ancestral", "report.eta=1"], ("eta is 1.0", "sampler ancestral", "leave eta out")),
+    ([*FLOW, "report.spacing=leading"], ("spacing is leading", "sampler euler", "leave spacing out")),
+    ([*FLOW, "report.sample_steps=20000"], ("report.sample_steps is 20000", "10000")),
     (["diffusion.schedule=liner"], ("'liner'", "Did you mean", "'linear'")),
     (["diffusion.timesteps=1"], ("diffusion.timesteps", "1", "from 2")),
     (["optimizer.lr=0"], ("optimizer.lr", "0.0", "above 0")),

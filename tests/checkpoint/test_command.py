@@ -92,9 +92,21 @@ def test_export_gives_a_weight_file_of_the_newest_whole_one(run, capsys, tmp_pat
     build_model(loaded)
 
 
+def test_export_of_an_older_one_by_its_images(run, capsys, tmp_path):
+    store, _ = run
+    file = tmp_path / "out.safetensors"
+    oldest = store.committed()[-1]
+    assert oldest < store.committed()[0]
+    code, out, _ = say(capsys, store, "--export", str(file), "--at", str(oldest))
+    assert code == 0
+    assert f"at {oldest} images" in out
+    assert load_weights(file).images_seen == oldest
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--export", "x.safetensors", "--at", "17"], "--at is 17"),
         (["--export", "x.pt"], "ends in .safetensors"),
         (["--export", "/proc/none/x.safetensors"], "cannot write"),
         (["--export", "x.safetensors", "--kind", "ema_0.4"], "Did you mean 'ema_0.5'"),

@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from dsmoe.base.errors import CheckpointError
-from dsmoe.base.presets import ModelSpec
-from dsmoe.convert.keys import from_published, to_published
+from dsmoe.base.presets import ModelSpec, preset
+from dsmoe.convert.keys import from_published, published_shapes, to_published
 from dsmoe.models.dit import DiT
+from dsmoe.models.embedders import position_embedding
 
 D, H, LAYERS, EXPERTS, SIDE, PATCH, CLASSES = 16, 64, 2, 3, 8, 2, 10
 DENSE = ModelSpec(depth=LAYERS, dim=D, heads=2, patch=PATCH)
 SWIGLU = dataclasses.replace(DENSE, num_experts=EXPERTS, shared_ratio=2.0)
 GELU = dataclasses.replace(DENSE, num_experts=EXPERTS, expert_kind="gelu")
-SPECS = {"dense": DENSE, "swiglu": SWIGLU, "gelu": GELU}
+FLASH = dataclasses.replace(SWIGLU, qk_norm=True)
+SPECS = {"dense": DENSE, "swiglu": SWIGLU, "gelu": GELU, "flash": FLASH}
 every_layout = pytest.mark.parametrize("kind", SPECS)
 
 
@@ -32,6 +34,17 @@ def sincos(h_first=False, scale=1.0):
                 angle = coordinate / 10000 ** (feature % quarter / quarter)
                 table[0, row * grid + column, feature] = wave(angle)
     return table.float()
+
+
+def ours(state, kind):
+    """From the published layout of that kind of model."""
+    return from_published(state, SPECS[kind], attention="flash" if kind == "flash" else "timm")
+
+
+def theirs(state, kind):
+    """To the published layout of that kind of model."""
+    attention = "flash" if kind == "flash" else "timm"
+    return to_published(state, SPECS[kind], input_size=SIDE, attention=attention)
 
 
 def published(kind):
@@ -57,6 +70,10 @@ def published(kind):
         "adaLN_modulation.1.weight": (6 * D, D),
         "adaLN_modulation.1.bias": (6 * D,),
     }
+    if kind == "flash":
+        block = {key.replace("qkv", "Wqkv").replace(".proj", ".out_proj"): shape for key, shape in block.items()}
+        norms = ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
+        block |= {f"attn.{key}": (D // 2,) for key in norms}
     mlp = {"fc1.weight": (H, D), "fc1.bias": (H,), "fc2.weight": (D, H), "fc2.bias": (D,)}
     swiglu = {"gate_proj.weight": (H, D), "up_proj.weight": (H, D), "down_proj.weight": (D, H)}
     if kind == "dense":
@@ -64,9 +81,9 @@ def published(kind):
     else:
         block["moe.gate.weight"] = (EXPERTS, D)
         for e in range(EXPERTS):
-            expert = swiglu if kind == "swiglu" else mlp
+            expert = mlp if kind == "gelu" else swiglu
             block |= {f"moe.experts.{e}.{key}": shape for key, shape in expert.items()}
-    if kind == "swiglu":
+    if kind in ("swiglu", "flash"):
         block |= {
             "moe.shared_experts.gate_proj.weight": (2 * D, D),
             "moe.shared_experts.up_proj.weight": (2 * D, D),
@@ -94,7 +111,7 @@ def assert_same(got, expected):
 def test_published_weights_survive_the_round_trip_bit_for_bit(kind, dtype):
     source = {key: value.to(dtype) for key, value in published(kind).items()}
     source["pos_embed"] = sincos()
-    assert_same(to_published(from_published(source, SPECS[kind]), SPECS[kind], input_size=SIDE), source)
+    assert_same(theirs(ours(source, kind), kind), source)
 
 
 @every_layout
@@ -103,21 +120,108 @@ def test_our_weights_survive_the_round_trip_bit_for_bit(kind):
     with torch.no_grad():
         for value in state.values():
             value.normal_()
-    there = to_published(state, SPECS[kind], input_size=SIDE)
-    assert_same(from_published(there, SPECS[kind]), dict(state))
+    assert_same(ours(theirs(state, kind), kind), dict(state))
 
 
 @every_layout
 def test_published_weights_load_strictly(kind):
-    model(SPECS[kind]).load_state_dict(from_published(published(kind), SPECS[kind]), strict=True)
+    model(SPECS[kind]).load_state_dict(ours(published(kind), kind), strict=True)
 
 
 @every_layout
 def test_input_is_not_changed(kind):
     source = published(kind)
     copy = {key: value.clone() for key, value in source.items()}
-    from_published(source, SPECS[kind])
+    ours(source, kind)
     assert_same(source, copy)
+
+
+# What contracts 2.2 lists for one block of the released XL and G, with D hidden, h = D / heads and E experts.
+RELEASED_BLOCK = {
+    "moe.gate.weight": "E D",
+    "moe.experts.{e}.gate_proj.weight": "4D D",
+    "moe.experts.{e}.up_proj.weight": "4D D",
+    "moe.experts.{e}.down_proj.weight": "D 4D",
+    "moe.shared_experts.gate_proj.weight": "2D D",
+    "moe.shared_experts.up_proj.weight": "2D D",
+    "moe.shared_experts.down_proj.weight": "D 2D",
+    "attn.Wqkv.weight": "3D D",
+    "attn.Wqkv.bias": "3D",
+    "attn.out_proj.weight": "D D",
+    "attn.out_proj.bias": "D",
+    "attn.q_norm.weight": "h",
+    "attn.q_norm.bias": "h",
+    "attn.k_norm.weight": "h",
+    "attn.k_norm.bias": "h",
+    "adaLN_modulation.1.weight": "6D D",
+    "adaLN_modulation.1.bias": "6D",
+}
+RELEASED_REST = {
+    "pos_embed": "1 T D",
+    "x_embedder.proj.weight": "D 4 2 2",
+    "x_embedder.proj.bias": "D",
+    "t_embedder.mlp.0.weight": "D 256",
+    "t_embedder.mlp.0.bias": "D",
+    "t_embedder.mlp.2.weight": "D D",
+    "t_embedder.mlp.2.bias": "D",
+    "y_embedder.embedding_table.weight": "1001 D",
+    "final_layer.linear.weight": "32 D",
+    "final_layer.linear.bias": "32",
+    "final_layer.adaLN_modulation.1.weight": "2D D",
+    "final_layer.adaLN_modulation.1.bias": "2D",
+}
+
+
+def released(depth, dim, heads, experts):
+    """Every key and shape of a released checkpoint, at 256 pixels."""
+    sizes = {"D": dim, "2D": 2 * dim, "3D": 3 * dim, "4D": 4 * dim, "6D": 6 * dim, "h": dim // heads}
+    sizes |= {"E": experts, "T": 256}
+    keys = dict(RELEASED_REST)
+    for i in range(depth):
+        for key, shape in RELEASED_BLOCK.items():
+            keys |= {f"blocks.{i}.{key.format(e=e)}": shape for e in (range(experts) if "{e}" in key else (0,))}
+    return {key: tuple(sizes.get(s) or int(s) for s in shape.split()) for key, shape in keys.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("XL/2-8E2A", (28, 1152, 16, 8)), ("G/2-16E2A", (40, 1408, 16, 16))], ids=["XL", "G"]
+)
+def test_every_tensor_of_the_released_models_is_mapped_once(name, sizes):
+    """On the meta device at full size, into the state dict of the preset's model."""
+    spec, shapes = preset(name), released(*sizes)
+    expected = published_shapes(spec, "flash")
+    assert expected.keys() == shapes.keys()
+    assert all(want in (None, got) for key in shapes for want, got in zip(expected[key], shapes[key], strict=True))
+    with torch.device("meta"):
+        source = {key: torch.empty(shape) for key, shape in shapes.items()}
+        target = DiT(spec, input_size=32, in_channels=4, num_classes=1000, learn_sigma=True)
+    source["pos_embed"] = torch.from_numpy(position_embedding(spec.dim, 16)).float()[None]
+    result = from_published(source, spec, attention="flash")
+    wanted = {key: tuple(value.shape) for key, value in target.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in result.items()} == wanted
+    whole = [key for key in result if ".moe.experts." not in key]
+    assert len({id(result[key]) for key in whole}) == len(whole)
+    kept = sum(value.numel() for key, value in source.items() if key != "pos_embed")
+    assert sum(value.numel() for value in result.values()) == kept
+
+
+def test_only_the_names_of_attention_differ_between_the_layouts():
+    source = published("flash")
+    result = ours(source, "flash")
+    for i in range(LAYERS):
+        for here, there in (("qkv", "Wqkv"), ("proj", "out_proj")):
+            for leaf in ("weight", "bias"):
+                assert result[f"blocks.{i}.attn.{here}.{leaf}"] is source[f"blocks.{i}.attn.{there}.{leaf}"]
+    with pytest.raises(
+        CheckpointError, match=r"published timm layout.*blocks\.0\.attn\.qkv\.weight.*attn\.Wqkv\.weight"
+    ):
+        from_published(source, FLASH)
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.0\.attn\.q_norm\.weight"):
+        from_published(published("swiglu"), FLASH)
+    as_timm = to_published(result, FLASH, input_size=SIDE)
+    assert_same(from_published(as_timm, FLASH), result)
+    with pytest.raises(AssertionError, match="fused"):
+        from_published(source, FLASH, attention="fused")
 
 
 def test_expert_matrices_mean_what_their_names_say():
@@ -172,7 +276,7 @@ def test_long_lists_are_cut_and_counted():
 
 @pytest.mark.parametrize(("kind", "other"), [("dense", "swiglu"), ("swiglu", "gelu"), ("gelu", "dense")])
 def test_weights_of_another_architecture_are_refused_both_ways(kind, other):
-    with pytest.raises(CheckpointError, match="published layout"):
+    with pytest.raises(CheckpointError, match="published timm layout"):
         from_published(published(kind), SPECS[other])
     with pytest.raises(CheckpointError, match="dsmoe layout"):
         to_published(model(SPECS[kind]).state_dict(), SPECS[other], input_size=SIDE)

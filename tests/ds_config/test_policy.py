@@ -8,6 +8,7 @@ import pytest
 from dsmoe.base.errors import ConfigError
 from dsmoe.ds_config import load_policy
 from dsmoe.ds_config.keys import NESTED, PLAIN
+from dsmoe.ds_config.keys import REFUSED as REFUSED_IN_BLOCKS
 from dsmoe.ds_config.policy import NOT_HERE, OPTIMIZERS, REMOVED_KEYS
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
@@ -136,6 +137,16 @@ def test_removed_keys_are_those_of_the_installed_deepspeed():
     from deepspeed.runtime import config
 
     assert set(REMOVED_KEYS) == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    of_zero = {f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS}
+    assert {key for key, way_out in REFUSED_IN_BLOCKS.items() if "removed" in way_out} == of_zero
+
+
+@pytest.mark.parametrize("key", [k for k, way_out in REFUSED_IN_BLOCKS.items() if "removed" in way_out])
+def test_zero_keys_that_deepspeed_removed_are_named(refusal, key):
+    block, _, inner = key.partition(".")
+    message = refusal({block: {"stage": 3, inner: 2}})
+    assert f"'{key}'" in message
+    assert "DeepSpeed 0.19 removed it; drop it" in message
 
 
 @pytest.mark.parametrize("key", REMOVED_KEYS)

@@ -14,10 +14,20 @@ from distributed_harness import assert_succeeded, launch
 from PIL import Image
 from safetensors.torch import save_file
 
+from dsmoe.base.diffusion import DiffusionSpec
 from dsmoe.base.errors import CheckpointError, ConfigError
+from dsmoe.base.plan import Plan
 from dsmoe.data.transforms import to_uint8
 from dsmoe.evaluation import draw as module
-from dsmoe.evaluation.draw import choose_classes, choose_sampling, find_weights, image_numbers, main, sheet_layout
+from dsmoe.evaluation.draw import (
+    choose_classes,
+    choose_sampling,
+    describe,
+    find_weights,
+    image_numbers,
+    main,
+    sheet_layout,
+)
 from dsmoe.ops import random
 from dsmoe.tasks.class_sampling import sampling_of
 
@@ -80,7 +90,28 @@ def test_numbers_are_those_of_a_training_sheet() -> None:
     assert torch.equal(image_numbers(labels, torch.arange(20) // 7, 7), torch.arange(20))
 
 
-@pytest.mark.parametrize("option", [("--seed", "8"), ("--guidance", "1"), ("--steps", "4"), ("--sampler", "ancestral")])
+def flow_plan(plan: Plan, **report: object) -> Plan:
+    """The plan as one of a model trained on rectified flow."""
+    spec = DiffusionSpec(prediction="velocity", schedule="rectified_flow")
+    report = dataclasses.replace(plan.recipe.report, **report)
+    return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, diffusion=spec, report=report))
+
+
+def test_a_model_without_velocity_leaves_the_start_of_each_image_number(tmp_path: Path, abc_plan, write_run) -> None:
+    """Rectified flow is walked by Euler, t from 1 on, without being told: x_1 - 0 is the image."""
+    run = write_run(tmp_path / "flow", flow_plan(abc_plan()), zero=True)
+    got = _draw(run, tmp_path, "--per-class", "1", "--steps", "3")
+    expected = to_uint8(random.normal(7, "sample_noise", torch.tensor([0, 1, 2]), (3, 32, 32))).permute(0, 2, 3, 1)
+    assert np.array_equal(got["arr_0"], expected.numpy())
+
+
+OPTIONS = [
+    ("--seed", "8"), ("--guidance", "1"), ("--steps", "4"), ("--sampler", "ancestral"), ("--spacing", "leading"),
+    ("--spacing", "linspace"), ("--eta", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=" ".join)
 def test_options_reach_the_sampler(run_folder: Path, tmp_path: Path, option: tuple[str, str]) -> None:
     plain = _draw(run_folder, tmp_path, "--per-class", "1")
     other = _draw(run_folder, tmp_path, "--per-class", "1", *option)
@@ -90,7 +121,7 @@ def test_options_reach_the_sampler(run_folder: Path, tmp_path: Path, option: tup
 
 
 def _options(**given: object) -> argparse.Namespace:
-    names = ("sampler", "steps", "guidance", "cfg_channels", "seed")
+    names = ("sampler", "steps", "spacing", "eta", "guidance", "cfg_channels", "seed")
     return argparse.Namespace(**(dict.fromkeys(names) | given))
 
 
@@ -102,11 +133,29 @@ def test_sampling_is_the_runs_own_where_nothing_is_given(abc_plan) -> None:
     assert (changed.guidance, changed.sampler) == (3.0, "ddim")
 
 
+def test_sampler_is_that_of_the_schedule_unless_the_recipe_says(abc_plan) -> None:
+    plan = abc_plan()
+    assert sampling_of(flow_plan(plan)).sampler == "euler"
+    report = dataclasses.replace(plan.recipe.report, spacing="leading", eta=0.5)
+    own = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, report=report))
+    drawn = choose_sampling(own, _options())
+    assert (drawn.sampler, drawn.spacing, drawn.eta) == ("ddim", "leading", 0.5)
+    assert describe(drawn) == "ddim leading eta0.5, 2 steps, guidance 3 (channels all), seed 7"
+    other = choose_sampling(own, _options(sampler="ancestral"))
+    assert (other.sampler, other.spacing, other.eta) == ("ancestral", "trailing", 0.0), "they belong to ddim"
+    assert choose_sampling(flow_plan(plan), _options(steps=5000)).steps == 5000, "continuous time has no last step"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"steps": 0}, "--steps is 0"),
         ({"steps": 1001}, "1 to 1000"),
+        ({"sampler": "euler"}, "sampler euler walks rectified_flow"),
+        ({"eta": 1.5}, "eta is 1.5"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"sampler": "ancestral", "eta": 1.0}, "sampler ancestral takes none"),
+        ({"sampler": "ancestral", "spacing": "leading"}, "sampler ancestral takes none"),
         ({"guidance": 0.5}, "--guidance is 0.5"),
         ({"guidance": float("nan")}, "--guidance is nan"),
         ({"seed": -1}, "--seed is -1"),
@@ -115,6 +164,12 @@ def test_sampling_is_the_runs_own_where_nothing_is_given(abc_plan) -> None:
 def test_sampling_values_that_cannot_be_are_refused(abc_plan, given: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_sampling(abc_plan(), _options(**given))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_discrete_samplers_are_refused_on_rectified_flow(abc_plan, sampler: str) -> None:
+    with pytest.raises(ConfigError, match=f"sampler {sampler} walks discrete steps .* take euler"):
+        choose_sampling(flow_plan(abc_plan()), _options(sampler=sampler))
 
 
 def test_guidance_needs_an_unconditional_model(abc_plan) -> None:
@@ -191,7 +246,10 @@ def test_another_codec_than_the_trained_one_is_refused(tmp_path: Path, abc_plan,
         (["--checkpoint", "{run}", "--classes", "q"], "unknown class 'q'"),
         (["--checkpoint", "{run}", "--per-class", "0"], "--per-class is 0"),
         (["--checkpoint", "{run}", "--steps", "many"], "--steps: invalid int"),
-        (["--checkpoint", "{run}", "--sampler", "euler"], "invalid choice: 'euler'"),
+        (["--checkpoint", "{run}", "--sampler", "heun"], "invalid choice: 'heun'"),
+        (["--checkpoint", "{run}", "--sampler", "euler"], "take ddim"),
+        (["--checkpoint", "{run}", "--spacing", "even"], "invalid choice: 'even'"),
+        (["--checkpoint", "{run}", "--eta", "2"], "eta is 2.0"),
         (["--checkpoint", "{run}", "--cfg-channels", "2"], "'2' is neither 3 nor all"),
         (["--checkpoint", "{run}", "--out", "{run}/x.jpg"], "must end in .png"),
         (["--checkpoint", "{run}", "--out", "{run}/plan.json/x.png"], "cannot be written"),

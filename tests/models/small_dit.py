@@ -10,6 +10,7 @@ from dsmoe.models.dit import DiT
 DENSE = ModelSpec(depth=2, dim=24, heads=3, patch=2)
 MOE = dataclasses.replace(DENSE, num_experts=4, top_k=2, shared_ratio=2.0)
 GELU_MOE = dataclasses.replace(DENSE, num_experts=4, top_k=2, expert_kind="gelu", renormalize=True)
+QK_NORM_MOE = dataclasses.replace(MOE, qk_norm=True)
 SIDE, CHANNELS, CLASSES = 6, 3, 7
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models.small_dit import CHANNELS, DENSE, GELU_MOE, MOE, SIDE, batch, build
+from models.small_dit import CHANNELS, DENSE, GELU_MOE, MOE, QK_NORM_MOE, SIDE, batch, build
 from scipy import stats as st
 
 from dsmoe.base.errors import ConfigError
@@ -135,7 +135,7 @@ def test_keys_and_shapes_are_the_published_ones():
 # The start.
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE, GELU_MOE], ids=["dense", "swiglu", "gelu"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, GELU_MOE, QK_NORM_MOE], ids=["dense", "swiglu", "gelu", "qk_norm"])
 def test_fresh_model_gives_zero_and_its_blocks_are_the_identity(spec):
     model = build(spec, dtype=torch.float32, scramble=False)
     x, t, y = batch(dtype=torch.float32)
@@ -146,8 +146,10 @@ def test_fresh_model_gives_zero_and_its_blocks_are_the_identity(spec):
 
 
 def expected_start(name, shape):
-    """("zero",), ("uniform", bound) or ("normal", std) by parameter name; None for a name nobody foresaw."""
+    """("zero",), ("one",), ("uniform", bound) or ("normal", std) by name; None for a name nobody foresaw."""
     leaf = name.split(".", 2)[2] if name.startswith("blocks.") else name
+    if leaf in ("attn.q_norm.weight", "attn.k_norm.weight"):
+        return ("one",)
     xavier = math.sqrt(6 / (math.prod(shape[1:]) + shape[0]))
     if leaf.endswith("adaLN_modulation.1.weight") or leaf == "final_layer.linear.weight":
         return ("zero",)
@@ -174,8 +176,8 @@ def expected_start(name, shape):
 def check_start(name, value):
     rule = expected_start(name, tuple(value.shape))
     assert rule is not None, f"no initialisation is specified for {name}"
-    if rule[0] == "zero":
-        assert not value.any(), name
+    if rule[0] in ("zero", "one"):
+        assert (value == (rule[0] == "one")).all(), name
         return
     values = value.detach().flatten().double().numpy()
     law = st.uniform(-rule[1], 2 * rule[1]) if rule[0] == "uniform" else st.norm(0, rule[1])
@@ -191,8 +193,9 @@ def check_start(name, value):
         preset("nano", depth=2),
         preset("nano-4E2A", depth=2),
         preset("nano-4E2A", depth=2, expert_kind="gelu", shared_ratio=0.0),
+        preset("nano", depth=2, qk_norm=True),
     ],
-    ids=["dense", "swiglu", "gelu"],
+    ids=["dense", "swiglu", "gelu", "qk_norm"],
 )
 def test_every_parameter_starts_as_specified(spec):
     model = build(spec, dtype=torch.float32, scramble=False, in_channels=4, num_classes=1000)
@@ -203,7 +206,7 @@ def test_every_parameter_starts_as_specified(spec):
                 check_start(name, expert[None])
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE, GELU_MOE], ids=["dense", "swiglu", "gelu"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, GELU_MOE, QK_NORM_MOE], ids=["dense", "swiglu", "gelu", "qk_norm"])
 def test_start_is_a_function_of_the_seed_also_by_way_of_the_meta_device(spec):
     first, second = (build(spec, dtype=torch.float32, seed=5, scramble=False) for _ in range(2))
     other = build(spec, dtype=torch.float32, seed=6, scramble=False)
@@ -322,7 +325,7 @@ def test_activation_checkpointing_changes_nothing_but_recomputes(spec):
         assert torch.equal(grad, grads_c[name]), name
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, QK_NORM_MOE], ids=["dense", "moe", "qk_norm"])
 def test_each_module_uses_only_its_own_parameters(spec):
     """ZeRO-3 gathers a module's parameters around its own forward: outside it they are empty here too."""
     model = build(spec)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models.small_dit import CHANNELS, CLASSES, DENSE, GELU_MOE, MOE, SIDE, batch, build
+from models.small_dit import CHANNELS, CLASSES, DENSE, GELU_MOE, MOE, QK_NORM_MOE, SIDE, batch, build
 
 from dsmoe.models.dit import DiT
 from dsmoe.models.embedders import unpatchify
@@ -58,7 +58,7 @@ def test_rounding_error_is_at_most_twice_that_of_plain_arithmetic(dtype):
     assert ours > 0
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE, GELU_MOE], ids=["dense", "swiglu", "gelu"])
+@pytest.mark.parametrize("spec", [DENSE, MOE, GELU_MOE, QK_NORM_MOE], ids=["dense", "swiglu", "gelu", "qk_norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_storage_dtype_of_outputs_gradients_and_constants(spec, dtype):
     model = build(spec, dtype=dtype)

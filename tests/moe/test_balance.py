@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsmoe.moe import balance
+from dsmoe.base.presets import ModelSpec
+from dsmoe.moe import MoE, balance
 
 
 def draw(b=4, t=6, e=5, k=2, seed=0):
@@ -81,3 +82,32 @@ def test_z_loss_is_the_mean_square_and_zero_without_tokens():
     assert balance.z_loss(values).item() == pytest.approx(14 / 3)
     assert balance.z_loss(torch.full((7,), math.log(8.0))).item() == pytest.approx(math.log(8) ** 2)
     assert balance.z_loss(values[:0]).item() == 0
+
+
+def test_the_selection_bias_moves_against_the_load_by_whole_steps():
+    step = balance.selection_bias_step(torch.tensor([10.0, 4.0, 2.0, 0.0], dtype=torch.float64), 0.01)
+    assert step.tolist() == pytest.approx([-0.01, 0.0, 0.01, 0.01])
+    assert balance.selection_bias_step(torch.full((8,), 3.0), 0.01).tolist() == [0.0] * 8
+
+
+def test_a_biased_router_spreads_its_tokens_without_a_loss():
+    torch.manual_seed(0)
+    moe = MoE(ModelSpec(depth=1, dim=16, heads=1, num_experts=4, top_k=1), balance_scope="none", selection_bias=True)
+    x = torch.randn(4, 64, 16)
+    x[..., 0] = x[..., 0].abs() + 1
+    with torch.no_grad():
+        moe.gate.weight[2, 0] += 2
+    start = moe(x)[1].load
+    loads = []
+    for _ in range(300):
+        load = moe(x)[1].load
+        loads.append(load)
+        moe.update_selection_bias((load.double() * 256).round(), 0.01)
+    assert start.max() > 0.8
+    # Steps of one size oscillate about the balance: their mean over many steps is what settles.
+    assert torch.stack(loads[-200:]).mean(0).max() < 0.3
+    assert moe.selection_bias[2] < moe.selection_bias[[0, 1, 3]].min()
+    assert "selection_bias" in moe.state_dict()
+    assert MoE(ModelSpec(depth=1, dim=16, heads=1, num_experts=4)).state_dict().keys() == moe.state_dict().keys() - {
+        "selection_bias"
+    }

@@ -37,6 +37,19 @@ def test_against_numpy(n, d, e, k, renormalize):
     assert r.indices.dtype == r.order.dtype == r.position.dtype == r.counts.dtype == torch.int64
 
 
+def test_a_bias_steers_the_choice_and_not_the_gates():
+    x, w = draw(64, 16, 8)
+    bias = torch.linspace(-0.3, 0.3, 8)
+    r = ops.route(x, w, 2, False, bias)
+    probs = np.exp(x.numpy() @ w.numpy().T)
+    probs /= probs.sum(-1, keepdims=True)
+    indices = np.argsort(-(probs + bias.numpy()), axis=-1, kind="stable")[:, :2]
+    assert np.array_equal(r.indices, indices)
+    assert not np.array_equal(indices, np.argsort(-probs, axis=-1, kind="stable")[:, :2]), "the bias changed nothing"
+    np.testing.assert_allclose(r.gates, np.take_along_axis(probs, indices, -1), rtol=1e-13)
+    assert np.array_equal(r.counts, np.bincount(indices.ravel(), minlength=8))
+
+
 def test_many_slots_are_sorted_stably():
     x, w = draw(3000, 4, 5, torch.float32)
     r = ops.route(x, w, 2, False)

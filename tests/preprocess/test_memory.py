@@ -10,6 +10,7 @@ from shared_data import require
 from torch import Tensor, nn
 
 from dsmoe import codec as codecs
+from dsmoe.base.diffusion import DiffusionSpec
 from dsmoe.base.errors import ConfigError, DataError
 from dsmoe.codec.protocol import Posterior
 from dsmoe.data.image_folder import ImageFolder
@@ -78,9 +79,9 @@ def _train(batches: object, codec: Halving) -> Tensor:
     """Weights of a small noise predictor after a few steps of plain gradient descent."""
     torch.manual_seed(0)
     model = nn.Conv2d(3, 3, 3, padding=1)
-    task = ClassConditional(num_classes=CLASSES, label_dropout=0.1, seed=2)
+    task = ClassConditional(num_classes=CLASSES, label_dropout=0.1, seed=2, diffusion=DiffusionSpec())
     for batch in batches:
-        inputs = task.training_inputs(posterior_of(batch, codec), batch.labels, batch.index, 1000)
+        inputs = task.training_inputs(posterior_of(batch, codec), batch.labels, batch.index)
         keep = (1 - inputs.t / 1000)[:, None, None, None]
         mixed = keep * inputs.x0 + (1 - keep) * inputs.noise
         loss = ((model(mixed) + inputs.y[:, None, None, None] - inputs.noise) ** 2).mean()

@@ -3,14 +3,18 @@ import pytest
 import torch
 from scipy import stats
 
+from dsmoe.base.diffusion import DiffusionSpec
 from dsmoe.codec.protocol import Posterior
 from dsmoe.tasks.class_conditional import ClassConditional
+from dsmoe.tasks.noising import Noising
 
 INDEX = torch.arange(20000) + 10**10
 
 
 def _task(**changes: object) -> ClassConditional:
-    return ClassConditional(**{"num_classes": 10, "label_dropout": 0.1, "seed": 3, **changes})
+    return ClassConditional(
+        **{"num_classes": 10, "label_dropout": 0.1, "seed": 3, "diffusion": DiffusionSpec(), **changes}
+    )
 
 
 def test_labels_are_dropped_to_the_null_class_at_the_stated_rate() -> None:
@@ -29,25 +33,13 @@ def test_dropout_limits(rate: float, dropped: int) -> None:
     assert (got == 10).sum() == dropped
 
 
-def test_timesteps_are_uniform_over_the_whole_range() -> None:
-    t = _task().timesteps(INDEX, 50).numpy()
-    assert (t.min(), t.max()) == (0, 49)
-    assert stats.chisquare(np.bincount(t, minlength=50)).pvalue > 1e-6
-
-
-def test_noise_is_standard_normal() -> None:
-    noise = _task().noise(INDEX[:5000], (2, 3)).flatten().numpy()
-    assert noise.dtype == np.float32
-    assert stats.kstest(noise, "norm").pvalue > 1e-6
-
-
 def test_posterior_draw_is_mean_plus_std_times_its_own_noise() -> None:
     index = INDEX[:2000]
     mean = torch.full((2000, 2, 2, 2), 5.0)
     std = torch.full_like(mean, 0.25)
     z = ((_task().latents(Posterior(mean, std), index) - mean) / std).flatten().numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-6
-    noise = _task().noise(index, (2, 2, 2)).flatten().numpy()
+    noise = Noising(DiffusionSpec(), 3).noise(index, (2, 2, 2), index).flatten().numpy()
     # Independent draws: |correlation| of 16000 pairs is below 6 / sqrt(16000).
     assert abs(np.corrcoef(z, noise)[0, 1]) < 0.048
     still = _task().latents(Posterior(mean, torch.zeros_like(mean)), index)
@@ -56,7 +48,7 @@ def test_posterior_draw_is_mean_plus_std_times_its_own_noise() -> None:
 
 def _inputs(task: ClassConditional, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
     mean = (index % 7).float()[:, None, None, None].expand(-1, 4, 2, 2).contiguous()
-    got = task.training_inputs(Posterior(mean, torch.ones_like(mean)), index % 10, index, 1000)
+    got = task.training_inputs(Posterior(mean, torch.ones_like(mean)), index % 10, index)
     return got.x0, got.t, got.noise, got.y
 
 
@@ -73,9 +65,17 @@ def test_inputs_are_the_single_draws_put_together() -> None:
     index = INDEX[:32]
     x0, t, noise, y = _inputs(_task(), index)
     assert x0.shape == noise.shape == (32, 4, 2, 2)
-    assert torch.equal(t, _task().timesteps(index, 1000))
-    assert torch.equal(noise, _task().noise(index, (4, 2, 2)))
+    noising = Noising(DiffusionSpec(), 3)
+    assert torch.equal(t, noising.times(index))
+    assert torch.equal(noise, noising.noise(index, (4, 2, 2), t))
     assert torch.equal(y, _task().labels(index % 10, index))
+
+
+def test_times_and_noise_are_those_of_the_recipe() -> None:
+    spec = DiffusionSpec(prediction="velocity", schedule="rectified_flow", noise="multi_resolution")
+    _, t, noise, _ = _inputs(_task(diffusion=spec), INDEX[:32])
+    assert torch.equal(t, Noising(spec, 3).times(INDEX[:32]))
+    assert torch.equal(noise, Noising(spec, 3).noise(INDEX[:32], (4, 2, 2), t))
 
 
 def test_seeds_differ() -> None:

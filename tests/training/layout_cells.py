@@ -1,47 +1,58 @@
-"""Run by every rank: trains tiny models under DeepSpeed in many layouts and compares with a bare torch loop.
+"""Run by every rank: trains tiny models in many layouts and compares each with one bare torch process (plain_loop).
 
-The oracle shares the model class and the drawing by index, and nothing else: one process, the whole global batch
-at once, torch.optim.AdamW, clip_grad_norm_, and an average kept by hand. Prints one JSON line a cell on rank 0.
+layout_cells.py CELLS with CELLS the JSON of a list of `Cell`s; prints one JSON line a cell on rank 0. A bf16 cell is
+compared with the fp32 run, every other with the run of its own precision. After a router's choice flipped, weights
+are not comparable any more: those figures are null.
 """
 
 import json
+import math
 import os
 import sys
+from typing import NamedTuple
 
 import torch
+from plain_loop import (
+    DECAYS,
+    DTYPES,
+    GLOBAL,
+    STEPS,
+    Cut,
+    Trained,
+    latents,
+    new_model,
+    objective,
+    recipe,
+    samples,
+    task,
+    train_plain,
+)
+from router_choices import Choices, compare_choices
 
-from dsmoe.base.recipe import recipe_from_dict
-from dsmoe.codec.protocol import Posterior
-from dsmoe.data.order import micro_batch
-from dsmoe.diffusion.objective import Objective
-from dsmoe.diffusion.schedules import make_schedule
-from dsmoe.models.dit import DiT
-from dsmoe.preprocess.memory import LatentBatch
 from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
-from dsmoe.tasks.class_conditional import ClassConditional
 from dsmoe.training.deepspeed_patches import skip_shm_op
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine, gather_full
 from dsmoe.training.health import GradientWatch
 from dsmoe.training.loop import Training, take_step
-from dsmoe.training.optimizer import build_optimizer, learning_rate
+from dsmoe.training.optimizer import build_optimizer
 
-STEPS = int(os.environ.get("LAYOUT_STEPS", "6"))
-GLOBAL, CLASSES, SIDE = 8, 5, 4
-SPECS = {
-    "dense": {"depth": 2, "dim": 32, "heads": 2, "patch": 2},
-    "moe": {"depth": 2, "dim": 32, "heads": 2, "patch": 2, "num_experts": 4, "shared_ratio": 2.0},
-    "gelu": {
-        "depth": 2,
-        "dim": 32,
-        "heads": 2,
-        "patch": 2,
-        "num_experts": 4,
-        "expert_kind": "gelu",
-        "renormalize": True,
-    },
-}
+
+class Cell(NamedTuple):
+    """One layout of one run.
+
+    kind: of plain_loop.SPECS. stage: of ZeRO, or None for the bare loop itself, data parallel without an engine.
+    precision: of plain_loop.DTYPES; the engine takes fp32 and bf16.
+    """
+
+    kind: str
+    scope: str
+    stage: int | None
+    accumulation: int
+    checkpointing: bool = False
+    precision: str = "fp32"
+    seed: int = 3
 
 
 class _Plan:
@@ -52,82 +63,28 @@ class _Plan:
         self.engine = type("E", (), {"accumulation": accumulation})
 
 
-def recipe(kind, scope):
-    return recipe_from_dict(
-        {
-            "name": "cell",
-            "model": SPECS[kind],
-            "optimizer": {"lr": 3e-3, "clip": 0.5, "weight_decay": 0.01, "warmup_images": 16},
-            "balance": {"scope": scope, "coefficient": 0.05, "z_coefficient": 0.001},
-            "train": {"images": STEPS * GLOBAL, "global_batch": GLOBAL, "seed": 3},
-        }
-    )
+class Run(NamedTuple):
+    """A Training, and what its routers chose."""
+
+    training: Training
+    choices: Choices
+
+    @property
+    def engine(self):
+        return self.training.engine
+
+    @property
+    def ema(self):
+        return self.training.ema
 
 
-def new_model(science):
-    torch.manual_seed(1)
-    model = DiT(
-        science.model,
-        input_size=SIDE,
-        in_channels=4,
-        num_classes=CLASSES,
-        learn_sigma=True,
-        balance_scope=science.balance.scope,
-    )
-    for p in model.parameters():  # adaLN-Zero would leave most gradients at zero in so few steps
-        p.data.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-def latents(index):
-    """The data: latents that depend on the sample index alone."""
-    generator = torch.Generator().manual_seed(7)
-    table = torch.randn(64, 4, SIDE, SIDE, generator=generator)
-    mean = table[index % 64]
-    return LatentBatch(Posterior(mean, 0.1 * torch.ones_like(mean)), index % CLASSES, index, index)
-
-
-def train_reference(science):
-    model = new_model(science)
-    shadow = [p.detach().clone() for p in model.parameters()]
-    spec, balance = science.optimizer, science.balance
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay
-    )
-    objective = Objective(make_schedule("linear", 1000), "epsilon", "learned_range")
-    task = ClassConditional(num_classes=CLASSES, label_dropout=0.1, seed=science.train.seed)
-    losses, norms = [], []
-    for step in range(STEPS):
-        batch = latents(torch.arange(step * GLOBAL, (step + 1) * GLOBAL))
-        inputs = task.training_inputs(batch.posterior, batch.labels, batch.index, 1000)
-        x_t = objective.corrupt(inputs.x0, inputs.t, inputs.noise)
-        output, stats = model(x_t, inputs.t.float(), inputs.y)
-        loss = objective.training_loss(output, inputs.x0, x_t, inputs.t, inputs.noise).total.mean()
-        if stats is not None:
-            loss = loss + balance.coefficient * stats.balance_loss + balance.z_coefficient * stats.z_loss
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip).item())
-        rate = learning_rate(spec, step * GLOBAL, science.train.images)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        if stats is not None and balance.scope == "step":
-            for block, load in zip(model.blocks, stats.load, strict=True):
-                block.moe.update_previous_load(load)
-        shadow = [s + (p.detach() - s) * 0.1 for s, p in zip(shadow, model.parameters(), strict=True)]
-        losses.append(loss.item())
-    names = [n for n, _ in model.named_parameters()]
-    return losses, norms, dict(model.named_parameters()), dict(zip(names, shadow, strict=True))
-
-
-def new_run(science, stage, accumulation, checkpointing, start=0, **config):
-    """A Training over steps from `start` on under DeepSpeed; `config` goes over the engine's configuration."""
-    world, rank = distributed.world_size(), distributed.rank()
-    micro = GLOBAL // world // accumulation
+def new_run(science, stage, accumulation, checkpointing, steps=None, **config):
+    """A Training over `steps` (default: all) under DeepSpeed; `config` goes over the engine's configuration."""
+    cut = Cut(distributed.rank(), distributed.world_size(), accumulation)
+    steps = steps or range(STEPS)
     config = {
         "train_batch_size": GLOBAL,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": GLOBAL // cut.world // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": science.optimizer.clip,
         "zero_optimization": {
@@ -141,47 +98,66 @@ def new_run(science, stage, accumulation, checkpointing, start=0, **config):
     }
     model = new_model(science)
     model.activation_checkpointing = checkpointing
+    choices = Choices(model)
     engine = Engine(model, build_optimizer(list(model.parameters()), science.optimizer, "torch_fused"), config)
-    return Training(
+    training = Training(
         plan=_Plan(science, accumulation),
         engine=engine,
-        ema=Ema(engine, {"ema": 0.9}),
-        batches=(
-            latents(micro_batch(step, a, rank, world, micro, GLOBAL))
-            for step in range(start, STEPS)
-            for a in range(accumulation)
-        ),
+        ema=Ema(engine, DECAYS),
+        batches=_watched(choices, (index for step in steps for index in cut.indices(step))),
         codec=None,
-        objective=Objective(make_schedule("linear", 1000), "epsilon", "learned_range"),
-        task=ClassConditional(num_classes=CLASSES, label_dropout=0.1, seed=science.train.seed),
+        objective=objective(),
+        task=task(science),
         watch=GradientWatch(engine.model.x_embedder, torch.device("cpu")),
         telemetry=None,
         sheets=None,
         device=torch.device("cpu"),
     )
+    return Run(training, choices)
+
+
+def _watched(choices, indices):
+    for index in indices:
+        choices.begin(index)
+        yield latents(index)
 
 
 def take_steps(run, steps):
     """Losses and gradient norms of these steps."""
     losses, norms = [], []
     for step in steps:
-        report = take_step(run, step)
+        report = take_step(run.training, step)
         run.ema.update()
         losses.append(report.figures[:, 0].mean().item())
         norms.append(report.figures[0, 6].item())
     return losses, norms
 
 
-def train_cell(science, stage, accumulation, checkpointing):
-    run = new_run(science, stage, accumulation, checkpointing)
+def whole_state(run):
+    """Final weights and averages, whole on every rank."""
+    engine, replicated = run.engine, run.engine.stage == 0
+    averages = {k: gather_full(f, engine.shapes(), replicated) for k, f in run.ema.averages.items()}
+    return gather_full(engine.fragments(), engine.shapes(), replicated), averages
+
+
+def finish(run, losses, norms, steps):
+    """What a run that took exactly `steps` leaves behind; its engine ends."""
+    choices = run.choices.decisions(samples(steps), shared=distributed.world_size() > 1)
+    found = Trained(losses, norms, *whole_state(run), choices)
+    run.engine.engine.destroy()
+    return found
+
+
+def train_cell(science, cell):
+    """(what the run leaves behind, elements of the average that this rank holds)."""
+    if cell.stage is None:
+        cut = Cut(distributed.rank(), distributed.world_size(), cell.accumulation)
+        return train_plain(science, DTYPES[cell.precision], cut), 0
+    config = {"bf16": {"enabled": True}} if cell.precision == "bf16" else {}
+    run = new_run(science, cell.stage, cell.accumulation, cell.checkpointing, **config)
     losses, norms = take_steps(run, range(STEPS))
-    engine, ema = run.engine, run.ema
-    replicated = stage == 0
-    weights = gather_full(engine.fragments(), engine.shapes(), replicated)
-    average = gather_full(ema.fragments, engine.shapes(), replicated)
-    own = sum(f.tensor.numel() for f in ema.fragments)
-    engine.engine.destroy()
-    return losses, norms, weights, average, own
+    own = sum(f.tensor.numel() for f in run.ema.fragments)
+    return finish(run, losses, norms, range(STEPS)), own
 
 
 def without_key_bias(name, tensor):
@@ -195,39 +171,71 @@ def without_key_bias(name, tensor):
     return torch.cat([query, value])
 
 
+def largest(values):
+    """The largest; infinity when one is not a number, which `max` would pass over."""
+    values = list(values)
+    return math.inf if any(math.isnan(v) for v in values) else max(values)
+
+
 def relative(found, truth):
     """Largest ||d|| / ||p|| over parameters."""
-    worst = 0.0
-    for name in truth:
-        a, b = without_key_bias(name, found[name]), without_key_bias(name, truth[name].detach())
-        worst = max(worst, ((a - b).norm() / b.norm().clamp_min(1e-12)).item())
-    return worst
+    pairs = [(without_key_bias(n, found[n]), without_key_bias(n, truth[n].detach())) for n in truth]
+    return largest(((a - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in pairs)
+
+
+def key_bias(found, truth):
+    """Largest difference in the K third of a qkv.bias, which `relative` leaves out."""
+    thirds = [(found[n].chunk(3)[1], truth[n].chunk(3)[1]) for n in truth if n.endswith("attn.qkv.bias")]
+    return largest((a - b).abs().max().item() for a, b in thirds)
+
+
+def compare(found, truth):
+    """Figures of the invariance statement: largest differences of `found` from `truth` (both Trained)."""
+    chosen = compare_choices(found.choices, truth.choices)
+    pairs = list(zip(found.losses, truth.losses, strict=True))
+    figures = {
+        "loss": largest(abs(a - b) / abs(b) for a, b in pairs),
+        "norm": largest(abs(a - b) / b for a, b in zip(found.norms, truth.norms, strict=True)),
+        "rms": (sum((a - b) ** 2 for a, b in pairs) / len(pairs)) ** 0.5,
+        "weights": None,
+        "average": None,
+        "key_bias": None,
+    }
+    if not chosen["flips"]:
+        averages = [relative(found.averages[kind], truth.averages[kind]) for kind in DECAYS]
+        figures |= {"weights": relative(found.weights, truth.weights), "average": largest(averages)}
+        figures["key_bias"] = key_bias(found.weights, truth.weights)
+    return figures | chosen
 
 
 def main():
     distributed.initialize(distributed.discover(os.environ), Device("cpu"))
     skip_shm_op()
+    cells = [Cell(*values) for values in json.loads(sys.argv[1])]
+    # All before the first engine: ZeRO-3 puts its own F.linear in place for the rest of the process.
     references = {}
-    for kind, scope, stage, accumulation, checkpointing in json.loads(sys.argv[1]):
-        science = recipe(kind, scope)
-        if (kind, scope) not in references:
-            references[kind, scope] = train_reference(science)
-        losses, norms, weights, average = references[kind, scope]
-        found = train_cell(science, stage, accumulation, checkpointing)
-        cell = {
-            "cell": [kind, scope, stage, accumulation, checkpointing],
-            "loss": max(abs(a - b) / abs(b) for a, b in zip(found[0], losses, strict=True)),
-            "norm": max(abs(a - b) / b for a, b in zip(found[1], norms, strict=True)),
-            "weights": relative(found[2], weights),
-            "average": relative(found[3], average),
-            "moved": relative(average, dict(new_model(science).named_parameters())),
-            "clipped": sum(n > science.optimizer.clip for n in norms),
-            "own": found[4],
-            "all": sum(p.numel() for p in weights.values()),
+    for cell in cells:
+        key = reference_key(cell)
+        if key not in references:
+            references[key] = train_plain(recipe(cell.kind, cell.scope, cell.seed), DTYPES[key[-1]])
+    for cell in cells:
+        science, truth = recipe(cell.kind, cell.scope, cell.seed), references[reference_key(cell)]
+        found, own = train_cell(science, cell)
+        initial = {n: p.detach() for n, p in new_model(science).named_parameters()}
+        line = compare(found, truth) | {
+            "cell": cell,
+            "moved": relative(truth.averages["ema"], initial),
+            "clipped": sum(n > science.optimizer.clip for n in truth.norms),
+            "own": own,
+            "all": sum(p.numel() for p in initial.values()),
         }
         if distributed.is_main():
-            print("CELL " + json.dumps(cell), flush=True)
+            print("CELL " + json.dumps(line), flush=True)
     distributed.shutdown()
+
+
+def reference_key(cell):
+    return cell.kind, cell.scope, cell.seed, "fp64" if cell.precision == "fp64" else "fp32"
 
 
 if __name__ == "__main__":

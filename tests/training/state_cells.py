@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from layout_cells import STEPS, new_run, recipe, relative, take_steps
+from layout_cells import largest, new_run, relative, take_steps, whole_state
+from plain_loop import DECAYS, STEPS, recipe
 from safetensors.torch import load_file, save_file
 
 from dsmoe.base.run_folder import Lease, RunFolder
@@ -22,7 +23,6 @@ from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
 from dsmoe.training import state
 from dsmoe.training.deepspeed_patches import skip_shm_op
-from dsmoe.training.engine import gather_full
 
 HALF = STEPS // 2
 ZERO = {"reduce_bucket_size": 20000, "stage3_prefetch_bucket_size": 20000}
@@ -30,6 +30,9 @@ SETTINGS = {
     "fp32": {},
     "persistent": {"zero_optimization": {**ZERO, "stage3_param_persistence_threshold": 500}},
     "sub_groups": {"zero_optimization": {**ZERO, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}},
+    "persistent_sub_groups": {
+        "zero_optimization": {**ZERO, "stage3_param_persistence_threshold": 500, "sub_group_size": 3000}
+    },
     "bf16": {"bf16": {"enabled": True}},
     "bf16_accumulate_fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     "offload": {
@@ -58,17 +61,9 @@ def begin(saver, run):
 def differing(one, other):
     """Names of states that are not the same bits in two readers."""
     names = [(kind, name) for kind in sorted(one.kinds) for name in one.shapes]
-    assert one.kinds == other.kinds == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert one.kinds == other.kinds == {"master", "exp_avg", "exp_avg_sq", *DECAYS}
     assert one.shapes == other.shapes
     return [f"{k} {n}" for k, n in names if not torch.equal(one.whole(n, k), other.whole(n, k))]
-
-
-def results(run, stage):
-    replicated = stage == 0
-    return (
-        gather_full(run.engine.fragments(), run.engine.shapes(), replicated),
-        gather_full(run.ema.fragments, run.engine.shapes(), replicated),
-    )
 
 
 def reference_cell(folder, name, science, stage, accumulation, setting):
@@ -79,17 +74,18 @@ def reference_cell(folder, name, science, stage, accumulation, setting):
     begin(saver, run)
     second = take_steps(run, range(HALF, STEPS))  # the thread writes meanwhile
     assert saver.finish()
-    weights, average = results(run, stage)
+    weights, averages = whole_state(run)
     if distributed.is_main():
         save_file(weights, root / "weights.safetensors")
-        save_file(average, root / "average.safetensors")
+        for kind, average in averages.items():
+            save_file(average, root / f"{kind}.safetensors")
         (root / "second.json").write_text(json.dumps(second))
     run.engine.engine.destroy()
     return {"losses": first[0] + second[0]}
 
 
 def resumed_cell(folder, name, source, science, stage, accumulation, setting):
-    run = new_run(science, stage, accumulation, False, start=HALF, **settings(setting, stage))
+    run = new_run(science, stage, accumulation, False, steps=range(HALF, STEPS), **settings(setting, stage))
     reader = newest_whole(Store(folder / source))
     state.load(run.engine, run.ema, reader)
     again = newest_whole(Store(save_again(folder, name, run)))
@@ -99,13 +95,15 @@ def resumed_cell(folder, name, source, science, stage, accumulation, setting):
     }
     losses, norms = take_steps(run, range(HALF, STEPS))
     truth = json.loads((folder / source / "second.json").read_text())
-    weights, average = results(run, stage)
+    weights, averages = whole_state(run)
     run.engine.engine.destroy()
     return found | {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(losses, truth[0], strict=True)),
-        "norm": max(abs(a - b) / b for a, b in zip(norms, truth[1], strict=True)),
+        "loss": largest(abs(a - b) / abs(b) for a, b in zip(losses, truth[0], strict=True)),
+        "norm": largest(abs(a - b) / b for a, b in zip(norms, truth[1], strict=True)),
         "weights": relative(weights, load_file(folder / source / "weights.safetensors")),
-        "average": relative(average, load_file(folder / source / "average.safetensors")),
+        "average": largest(
+            relative(average, load_file(folder / source / f"{kind}.safetensors")) for kind, average in averages.items()
+        ),
         "steps": reader.state["optimizer_steps"],
         "wrote": reader.state["ranks"],
     }
@@ -119,12 +117,17 @@ def save_again(folder, name, run):
     return root
 
 
+def write_lease(folder):
+    """What every Saver of this script looks for before it commits."""
+    if distributed.is_main():
+        (folder / "lease.json").write_text(json.dumps({"generation": 1, "holder": "test-holder"}))
+
+
 def main():
     distributed.initialize(distributed.discover(os.environ), Device("cpu"))
     skip_shm_op()
     folder = Path(sys.argv[1])
-    if distributed.is_main():
-        (folder / "lease.json").write_text(json.dumps({"generation": 1, "holder": "test-holder"}))
+    write_lease(folder)
     for name, source, kind, scope, stage, accumulation, setting in json.loads(sys.argv[2]):
         science = recipe(kind, scope)
         if source:

@@ -37,7 +37,7 @@ def _rows_times_matrices(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if _library_takes(x, weight):
         return torch._grouped_mm(x, weight, offs=_ends(counts))
     out = x.new_empty(x.shape[0], weight.shape[2])
-    sizes = counts.tolist()
+    sizes = _sizes(counts, x.shape[0])
     for rows, matrix, into in zip(x.split(sizes), weight.unbind(), out.split(sizes), strict=True):
         torch.mm(rows, matrix, out=into)
     return out
@@ -48,10 +48,18 @@ def _outer_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     if _library_takes(left, right):
         return torch._grouped_mm(left.mT, right, offs=_ends(counts))
     out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
-    sizes = counts.tolist()
+    sizes = _sizes(counts, left.shape[0])
     for a, b, into in zip(left.split(sizes), right.split(sizes), out.unbind(), strict=True):
         torch.mm(a.mT, b, out=into)
     return out
+
+
+def _sizes(counts: Tensor, rows: int) -> list[int]:
+    """Rows of each expert; on the meta device, which holds no numbers, as even a split as there is."""
+    if counts.is_meta:
+        experts = counts.shape[0]
+        return [rows * (e + 1) // experts - rows * e // experts for e in range(experts)]
+    return counts.tolist()
 
 
 def _ends(counts: Tensor) -> Tensor:

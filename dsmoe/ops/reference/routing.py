@@ -12,7 +12,7 @@ class Routing(NamedTuple):
     """Where N tokens go. A slot is (token n, choice j), number n * k + j; a row is a slot in expert order.
 
     probs      [N, E]  softmax over all experts, float32 (float64 for float64 tokens)
-    gates      [N, k]  probabilities of the chosen experts, largest first, same dtype
+    gates      [N, k]  probabilities of the chosen experts, in order of choice, same dtype
     indices    [N, k]  int64, the chosen experts
     counts     [E]     int64, rows of each expert
     order      [N*k]   int64, slot of each row: rows of expert 0 first, within an expert in slot order
@@ -29,13 +29,14 @@ class Routing(NamedTuple):
     logsumexp: Tensor
 
 
-def route(x: Tensor, weight: Tensor, k: int, renormalize: bool) -> Routing:
+def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
     """See dsmoe.ops.route."""
     dtype = maths_dtype(x)
     logits = x.to(dtype) @ weight.to(dtype).T
     probs = logits.softmax(-1)
     # topk leaves the order of ties open; a stable sort gives them to the lower index.
-    indices = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    scores = probs.detach() if bias is None else probs.detach() + bias
+    indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     gates = probs.gather(1, indices)
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True)

@@ -1,0 +1,346 @@
+"""Memory of a rank by component and phase of a step, by arithmetic (no torch): the one source for plans and planner.
+
+Written from what DeepSpeed 0.19.8 allocates (stage_1_and_2.py, stage3.py, engine.py) and what `activations` counts.
+Not counted: the codec, code and CUDA context, communication libraries' own buffers, the allocator's fragmentation.
+
+Letters, all of one rank: n parameters it computes with (routed experts over the expert-parallel size), m the shard of
+the optimizer it owns: all parameters / ranks, with expert parallelism too, since n_experts / ep elements are spread
+over the ranks / ep that hold the same experts (expert_parallelism.md 3d).
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dsmoe.base import activations
+from dsmoe.base.accounting import TIMESTEP_DIM, ParameterCount, count_parameters
+from dsmoe.base.presets import ModelSpec
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+FLOAT, DOUBLE = 4, 8
+# DeepSpeed's own size for the gradient copy that stage 0 reduces (engine.py, MEMORY_OPT_ALLREDUCE_SIZE), elements.
+STAGE_0_REDUCE = 500_000_000
+GLOO, START = "gloo copy", "start"
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model as far as memory depends on it: the arguments of `DiT`, channels being in_channels."""
+
+    spec: ModelSpec
+    input_size: int
+    channels: int
+    num_classes: int
+    learn_sigma: bool
+    null_class: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return (self.input_size // self.spec.patch) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learn_sigma else 1)
+
+    @cached_property
+    def count(self) -> ParameterCount:
+        return count_parameters(
+            self.spec,
+            channels=self.channels,
+            num_classes=self.num_classes,
+            input_size=self.input_size,
+            learn_sigma=self.learn_sigma,
+            null_class=self.null_class,
+        )
+
+    def tensors(self) -> list[int]:
+        """Elements of every trained parameter that all ranks hold: everything but routed experts."""
+        spec, dim = self.spec, self.spec.dim
+        out = spec.patch**2 * self.out_channels
+        outside = [dim * self.channels * spec.patch**2, dim, TIMESTEP_DIM * dim, dim, dim * dim, dim]
+        outside += [(self.num_classes + int(self.null_class)) * dim, 2 * dim * dim, 2 * dim, out * dim, out]
+        block = [3 * dim * dim, 3 * dim, dim * dim, dim, 6 * dim * dim, 6 * dim]
+        block += [spec.head_dim] * 4 if spec.qk_norm else []
+        if spec.is_moe:
+            block += [spec.num_experts * dim, *[dim * spec.shared_hidden] * (3 if spec.shared_hidden else 0)]
+        else:
+            block += [dim * spec.mlp_hidden, spec.mlp_hidden, dim * spec.mlp_hidden, dim]
+        return outside + block * spec.depth
+
+    def expert_tensors(self) -> list[int]:
+        """Elements of the routed experts' tensors of one block, all experts together."""
+        spec = self.spec
+        matrix = spec.num_experts * spec.dim * spec.mlp_hidden
+        if not spec.is_moe:
+            return []
+        third = matrix if spec.expert_kind == "swiglu" else spec.num_experts * (spec.mlp_hidden + spec.dim)
+        return [matrix, matrix, third]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """Sizes of communication buffers in elements; the defaults are those that the planner writes.
+
+    reduce: gradients reduced at once. gather: parameters gathered at once after a step (stages 1, 2). prefetch, live,
+    persistent, sub_group: stage 3's parameters fetched ahead, kept between two uses, never sharded when smaller, and
+    updated at once. overlap: two reduce buckets, one filling while the other is reduced.
+    """
+
+    reduce: int = 50_000_000
+    gather: int = 50_000_000
+    prefetch: int = 20_000_000
+    live: int = 100_000_000
+    persistent: int = 100_000
+    sub_group: int = 100_000_000
+    overlap: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model is laid out over ranks; averages: how many moving averages of the weights are kept."""
+
+    zero_stage: int
+    world_size: int
+    precision: str
+    micro_batch: int
+    accumulation: int = 1
+    expert_parallel_size: int = 1
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    averages: int = 1
+    buckets: Buckets = field(default_factory=Buckets)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes by component: on the device in each phase of a step, and on the host where the optimizer is offloaded.
+
+    kept: what stays on the device from step to step, a part of every phase but the start.
+    """
+
+    phases: dict[str, Parts]
+    host: Parts
+    kept: Parts
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self._total)
+
+    @property
+    def fullest_in_a_step(self) -> str:
+        """As peak_phase, once training has started."""
+        return max((name for name in self.phases if name != START), key=self._total)
+
+    @property
+    def start_bytes(self) -> int:
+        return self._total(START)
+
+    def _total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> Parts:
+        """Components of the fullest phase, without empty ones."""
+        return {name: size for name, size in self.phases[self.peak_phase].items() if size}
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def binds(self) -> str:
+        """The largest component of the fullest phase."""
+        return max(self.peak, key=self.peak.__getitem__)
+
+
+def rank_memory(shape: ModelShape, layout: Layout, *, resident: bool = False) -> RankMemory:
+    """Memory of one rank of `shape` under `layout`.
+
+    resident: what the resident set of a CPU process under gloo shows instead: device and host are one, a page counts
+    when it is first written (so a buffer that fills while its source is freed costs nothing), and gloo gathers and
+    reduce-scatters through a copy of the whole buffer.
+    """
+    return _Rank(shape, layout, resident).memory()
+
+
+class _Rank:
+    """The quantities of one rank, and the phases made of them."""
+
+    def __init__(self, shape: ModelShape, layout: Layout, resident: bool) -> None:
+        self.layout, self.resident = layout, resident
+        self.stage, self.itemsize = layout.zero_stage, ITEMSIZE[layout.precision]
+        self.alone = layout.world_size == 1
+        local = [size // layout.expert_parallel_size for size in shape.expert_tensors()]
+        dense = shape.tensors()
+        self.n = sum(dense) + shape.spec.depth * sum(local)
+        self.m = -(-shape.count.trained // layout.world_size) if self.stage else self.n
+        self.largest = max([*dense, *local])
+        self.module = max([*dense, sum(local)])
+        self.persistent = sum(size for size in dense if size < layout.buckets.persistent)
+        images = layout.micro_batch
+        sizes = {"images": images, "tokens": shape.tokens, "itemsize": self.itemsize}
+        self.block = activations.saved_by_block(shape.spec, **sizes)
+        self.temporaries = activations.backward_temporaries(shape.spec, **sizes)
+        kept = activations.block_input(shape.spec, **sizes) if layout.activation_checkpointing else self.block
+        self.activations = shape.spec.depth * kept + activations.saved_outside_blocks(
+            shape.spec, channels=shape.channels, out_channels=shape.out_channels, **sizes
+        )
+        self.recomputed = self.block if layout.activation_checkpointing else 0
+
+    def memory(self) -> RankMemory:
+        device, host = self.states()
+        if self.resident:
+            device, host = {**device, **{f"offloaded {name}": size for name, size in host.items()}}, {}
+        steps = {
+            "backward begins": self.backward_begins(),
+            "backward ends": self.backward_ends(),
+            "reduction": self.reduction(),
+            "optimizer step": self.optimizer_step(),
+            "weights gathered": {GLOO: self.n * self.itemsize} if self.gathers_by_copy else {},
+        }
+        phases = {name: _sum(device, extra) for name, extra in steps.items() if extra}
+        return RankMemory({START: self.start(), **phases}, host, device)
+
+    @property
+    def gathers_by_copy(self) -> bool:
+        return self.resident and not self.alone and self.stage in (1, 2)
+
+    def start(self) -> Parts:
+        """Every rank draws the whole fp32 model before anything is cast or sharded; stages 1, 2 copy it flat."""
+        flat = self.n * self.itemsize if self.stage in (1, 2) and self.itemsize == FLOAT else 0
+        return {"whole fp32 model": FLOAT * self.n, "flat copy": flat}
+
+    def states(self) -> tuple[Parts, Parts]:
+        """What stays from step to step: (on the device, on the host)."""
+        size, offload = self.itemsize, self.layout.offload_optimizer
+        sharded = self.stage == 3
+        weights = size * (self.m if sharded else self.n)
+        optimizer = {
+            # Stage 0 trains the weights themselves; every other stage keeps an fp32 copy of its shard, in fp32 too.
+            "master weights": 0 if self.stage == 0 else FLOAT * self.m,
+            "moments": 2 * FLOAT * self.m,
+            "averages": self.layout.averages * FLOAT * self.m,
+        }
+        gradient_shard = {"gradients": size * self.m} if sharded else {}
+        device: Parts = {"parameters": 0 if self.layout.offload_parameters else weights}
+        host: Parts = {"parameters": weights} if self.layout.offload_parameters else {}
+        if sharded:
+            device["gathered parameters"] = 0 if self.alone else size * self.persistent
+            device["buckets"] = size * self._filled(self.layout.buckets.reduce)
+        if not offload:
+            return {**device, **optimizer, **gradient_shard}, host
+        staging = size * self.m if not sharded else 0  # updated weights on their way back
+        if not sharded:
+            device["offload buffers"] = size * self.largest
+            staging += size * self.largest + (size * self.m if self.layout.accumulation > 1 else 0)
+        gradients = {"gradients": FLOAT * self.m + gradient_shard.get("gradients", 0)}
+        return device, {**host, **optimizer, **gradients, "offload buffers": staging}
+
+    def backward_begins(self) -> Parts:
+        """All activations are there; gradients only of earlier micro-steps and of the layer at work."""
+        size, again = self.itemsize, self.layout.accumulation > 1
+        held = 0
+        if self.stage <= 1:
+            held = size * self.n if again else 0
+        elif self.stage == 2 and not self.layout.offload_optimizer:
+            # The shard's buffer comes with the first bucket; with accumulation the sum so far stands beside it.
+            held = size * self.m * (int(again) + int(not self.resident))
+        return _sum(
+            {"activations": self.activations + self.recomputed, "temporaries": self.temporaries},
+            {"gradients": held + self._working_gradient()},
+            self._live_parameters(),
+            self._reducing() if self.stage != 1 or not self.resident else {},
+        )
+
+    def backward_ends(self) -> Parts:
+        """All gradients are there, and the activations of one block."""
+        size, again = self.itemsize, self.layout.accumulation > 1
+        held = size * self.n if self.stage <= 1 else 0
+        if self.stage == 2 and not self.layout.offload_optimizer:
+            held = size * self.m * (1 + int(again))
+        return _sum(
+            {"activations": self.block, "temporaries": self.temporaries + self._offload_norm()},
+            {"gradients": held + (self._working_gradient() if self.stage > 1 else 0)},
+            self._live_parameters(),
+            self._reducing() if self.stage > 1 or (self.stage == 1 and not self.resident) else {},
+        )
+
+    def reduction(self) -> Parts:
+        """Stages 0 and 1 reduce after the backward pass."""
+        if self.stage > 1:
+            return {}
+        whole = self.itemsize * self.n
+        if self.stage == 0:
+            copied = self.n if self.n <= STAGE_0_REDUCE else min(self.n, STAGE_0_REDUCE + self.largest)
+            return {"gradients": whole, "buckets": self.itemsize * copied}
+        # The shard's buffer fills while the gradients that it takes are freed.
+        shard = 0 if self.resident or self.layout.offload_optimizer else self.itemsize * self.m
+        return _sum({"gradients": whole + shard, "temporaries": self._offload_norm()}, self._reducing())
+
+    def optimizer_step(self) -> Parts:
+        """The shard's gradients are joined and cast to fp32; their norm is taken in fp64, a tensor at a time."""
+        if self.stage == 0:
+            return {"gradients": FLOAT * self.n}
+        if self.layout.offload_optimizer:
+            return {}
+        if self.stage == 3:
+            part = min(self.m, self.layout.buckets.sub_group + self.largest // self.layout.world_size)
+            joined = part * (FLOAT if self.itemsize == FLOAT else FLOAT + self.itemsize)
+            return {"gradients in fp32": max(joined, DOUBLE * -(-self.largest // self.layout.world_size))}
+        joined = self.m * (self.itemsize + (FLOAT if self.itemsize < FLOAT else 0))
+        norm = DOUBLE * min(self.largest, self.m)
+        return {"gradients": self.itemsize * self.m, "gradients in fp32": max(joined, norm)}
+
+    def _working_gradient(self) -> int:
+        """A tensor's gradient lives until it is copied into the bucket; one larger than that, until the next comes."""
+        return self.itemsize * self.largest * (1 if self.largest <= self.layout.buckets.reduce else 2)
+
+    def _offload_norm(self) -> int:
+        """Offload takes each gradient's norm in fp64 as it leaves the device."""
+        if not self.layout.offload_optimizer:
+            return 0
+        return DOUBLE * (self.largest if self.stage < 3 else -(-self.largest // self.layout.world_size))
+
+    def _reducing(self) -> Parts:
+        """Buckets while gradients are reduced, beyond what `states` holds."""
+        if self.stage == 0:
+            return {}
+        bucket = self.itemsize * self._filled(self.layout.buckets.reduce)
+        gloo = bucket if self.resident and not self.alone and self.stage == 3 else 0
+        if self.stage == 3:  # the bucket's gradients are put together by destination
+            return {"buckets": bucket, GLOO: gloo}
+        parts = 1 + int(self.layout.buckets.overlap)
+        # A bucket that spans two ranks' shards is joined into a copy.
+        return {"buckets": bucket * (parts + int(not self.alone))}
+
+    def _live_parameters(self) -> Parts:
+        """Stage 3: what stays gathered up to its next use in half the reuse distance, is fetched ahead, and is used."""
+        if self.stage < 3:
+            return {}
+        if self.alone:  # a shard is the whole, and is used in place, unless it lies on the host
+            live, staged = (self.module if self.layout.offload_parameters else 0), 0
+        else:
+            buckets = self.layout.buckets
+            all_of_it = self.n - self.persistent
+            live = min(all_of_it, buckets.live // 2 + buckets.prefetch + self.module)
+            staged = min(all_of_it, buckets.prefetch)
+        gloo = {GLOO: self.itemsize * staged} if self.resident else {}
+        return {"gathered parameters": self.itemsize * (live + staged), **gloo}
+
+    def _filled(self, elements: int) -> int:
+        """A buffer's size, or what is ever written of it."""
+        return min(elements, self.n) if self.resident else elements
+
+
+def _sum(*parts: Parts) -> Parts:
+    total: Parts = {}
+    for part in parts:
+        for name, size in part.items():
+            total[name] = total.get(name, 0) + size
+    return total
