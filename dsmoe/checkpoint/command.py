@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from dsmoe.base.plan import Plan
 from dsmoe.base.run_folder import RunFolder
 from dsmoe.checkpoint.reader import Reader, read_state
 from dsmoe.checkpoint.store import Store
-from dsmoe.checkpoint.weights import MODEL, Weights, save_weights
+from dsmoe.checkpoint.weights import MODEL, stream_weights
 
 
 def open_store(run: str) -> Store:
@@ -84,10 +85,11 @@ def export(store: Store, file: str, kind: str, at: int | None = None) -> str:
     kinds = (*plan.recipe.ema_decays, MODEL)
     if kind not in kinds:
         raise CheckpointError(choose_from("--kind", kind, kinds))
-    weights = {name: reader.whole(name, "master" if kind == MODEL else kind) for name in reader.shapes}
-    weights |= {name: torch.tensor(values) for name, values in reader.state.get("buffers", {}).items()}
+    buffers = {name: torch.tensor(values) for name, values in reader.state.get("buffers", {}).items()}
+    shapes = reader.shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    parameters = ((name, reader.whole(name, "master" if kind == MODEL else kind)) for name in reader.shapes)
     try:
-        save_weights(path, Weights(weights, plan, images_seen, kind))
+        stream_weights(path, shapes, chain(parameters, buffers.items()), plan, images_seen, kind)
     except OSError as error:
         raise CheckpointError(f"cannot write {file} ({error.strerror or error}); give another name.") from error
     return f"wrote {file}: {kind} weights at {images_seen:,} images"

@@ -4,16 +4,16 @@ Lives here: writing, reading and building the model from such a file. Resumable 
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dsmoe.base.errors import CheckpointError
-from dsmoe.base.files import whole_file
 from dsmoe.base.plan import Plan
+from dsmoe.checkpoint.stream import write_tensors
 from dsmoe.models.dit import DiT
 
 MODEL = "model"  # kind of the weights that were trained, beside the averages of the recipe
@@ -34,16 +34,21 @@ class Weights:
 
 def save_weights(path: Path, weights: Weights) -> None:
     """Write atomically: the file appears whole or not at all. Raises OSError (disk full, read-only)."""
-    metadata = {
-        "dsmoe_plan": json.dumps(weights.plan.to_dict()),
-        "images_seen": str(weights.images_seen),
-        "kind": weights.kind,
-    }
-    try:
-        with whole_file(path) as temporary:
-            save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary, metadata=metadata)
-    except SafetensorError as error:  # how the library reports a full disk or a missing folder
-        raise OSError(str(error)) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.state.items()}
+    stream_weights(path, shapes, weights.state.items(), weights.plan, weights.images_seen, weights.kind)
+
+
+def stream_weights(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    plan: Plan,
+    images_seen: int,
+    kind: str,
+) -> None:
+    """`save_weights` for a model that is never whole in memory: tensors come one by one, in the order of `shapes`."""
+    metadata = {"dsmoe_plan": json.dumps(plan.to_dict()), "images_seen": str(images_seen), "kind": kind}
+    write_tensors(path, shapes, tensors, metadata)
 
 
 def load_weights(path: str | Path) -> Weights:

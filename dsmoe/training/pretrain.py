@@ -20,7 +20,7 @@ from dsmoe.base.plan import Plan, describe
 from dsmoe.base.run_folder import Lease, RunFolder, rejected_run_folder
 from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store
-from dsmoe.checkpoint.weights import MODEL, Weights, new_model, save_weights
+from dsmoe.checkpoint.weights import MODEL, new_model
 from dsmoe.data.dataset import FaultReporter, ImageDataset
 from dsmoe.data.loader import Batch, BatchLoader
 from dsmoe.data.order import BatchLayout, SampleOrder
@@ -39,7 +39,7 @@ from dsmoe.training.health import GradientWatch
 from dsmoe.training.loop import Training, train
 from dsmoe.training.optimizer import build_optimizer, choose_implementation
 from dsmoe.training.prepare import Command, Prepared, one_line, parse_command, prepare
-from dsmoe.training.sampling import SampleSheets, full_weights
+from dsmoe.training.sampling import SampleSheets, export_weights
 from dsmoe.training.telemetry import Telemetry, draw_losses, read_metrics
 
 EXIT_FAILED = 1
@@ -270,16 +270,16 @@ def _finish(prepared: Prepared, training: Training, lease: Lease) -> None:
     plan, folder = prepared.plan, prepared.folder
     seen = plan.recipe.train.steps * plan.recipe.train.global_batch
     for kind in (MODEL, *training.ema.averages):
-        _export(folder, lease, full_weights(plan, training.engine, training.ema, kind, seen))
+        _verify(lease)
+        export_weights(folder.checkpoints / f"{kind}.safetensors", plan, training.engine, training.ema, kind, seen)
     sheet = training.sheets.draw(training.engine, training.ema, seen)
     training.telemetry.close()
     _close(plan, folder, lease, sheet, training.telemetry.elapsed)
 
 
 @distributed.on_main
-def _export(folder: RunFolder, lease: Lease, weights: Weights) -> None:
+def _verify(lease: Lease) -> None:
     lease.verify()
-    save_weights(folder.checkpoints / f"{weights.kind}.safetensors", weights)
 
 
 @distributed.on_main

@@ -1,12 +1,13 @@
 """Sample sheets while training and at its end, drawn from the averaged weights by all ranks together."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dsmoe.base.plan import Plan
 from dsmoe.base.recipe import EMA
-from dsmoe.checkpoint.weights import MODEL, Weights, build_model
+from dsmoe.checkpoint.weights import MODEL, Weights, build_model, stream_weights
 from dsmoe.codec.protocol import Codec
 from dsmoe.runtime import distributed
 from dsmoe.runtime.logging import get_logger
@@ -36,7 +37,8 @@ class SampleSheets:
         Every rank holds a full fp32 copy of the weights meanwhile.
         """
         report, model_facts = self._plan.recipe.report, self._plan.model
-        model = build_model(full_weights(self._plan, engine, ema, EMA, images_seen), self._device)
+        weights = Weights(dict(whole_tensors(engine, ema, EMA)), self._plan, images_seen, EMA)
+        model = build_model(weights, self._device)
         labels = torch.arange(report.samples) % model_facts.num_classes
         images = draw_shared(
             model,
@@ -58,8 +60,19 @@ class SampleSheets:
         get_logger("samples").info("wrote %s", path)
 
 
-def full_weights(plan: Plan, engine: Engine, ema: Ema, kind: str, images_seen: int) -> Weights:
-    """Whole fp32 weights on every rank's CPU: an average's by its name, or the model's own for kind `model`."""
-    fragments = engine.fragments() if kind == MODEL else ema.averages[kind]
-    buffers = {name: buffer.cpu() for name, buffer in engine.buffers().items()}
-    return Weights(dict(gather(fragments, engine.shapes())) | buffers, plan, images_seen, kind)
+def whole_tensors(engine: Engine, ema: Ema, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """fp32 weights by name on every rank's CPU, one at a time: an average's by its name, or the model's own for kind
+    `model`. Every rank has to exhaust it."""
+    yield from gather(engine.fragments() if kind == MODEL else ema.averages[kind], engine.shapes())
+    yield from ((name, buffer.cpu()) for name, buffer in engine.buffers().items())
+
+
+def export_weights(path: Path, plan: Plan, engine: Engine, ema: Ema, kind: str, images_seen: int) -> None:
+    """Rank 0 writes the weight file; no rank holds more than one whole tensor."""
+    tensors = whole_tensors(engine, ema, kind)
+    shapes = engine.shapes() | {name: tuple(buffer.shape) for name, buffer in engine.buffers().items()}
+    if distributed.is_main():
+        stream_weights(path, shapes, tensors, plan, images_seen, kind)
+    else:
+        for _ in tensors:
+            pass
