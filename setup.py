@@ -42,6 +42,6 @@ setup(
         "mpi": ["mpi4py"],
         "megatron": ["megatron-core"],
         "data": ["diffusers"],
-        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers"],
+        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core"],
     },
 )
