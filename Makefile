@@ -28,7 +28,7 @@ help:
 	@echo "make env         make or renew the environment in $(VENV)"
 	@echo "make quickstart  train the small default recipe on this machine, then say where everything lies"
 	@echo "make test        all tests that this machine can run"
-	@echo "make test-full   what takes too long for every change: invariance table, 100 kills (about 20 minutes)"
+	@echo "make test-full   what takes too long for every change: invariance, layout changes, 100 kills (about 35 minutes)"
 	@echo "make lint        style checks"
 	@echo "make clean       remove caches and build products (not runs, not the environment)"
 

@@ -52,7 +52,7 @@ DRAWS = {
     "Euler, guidance on 3 channels": ("long velocity, rectified flow, logit-normal", ["--cfg-channels", "3"]),
 }
 SAMPLES = ["--steps", "50", "--guidance", "2.5"]
-JUDGED = 96
+JUDGED = 64
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,8 @@ Ours is the launcher's own run of the quick start with everything on: DeepSpeed 
 metrics.jsonl and TensorBoard (a record every 5 steps), checkpoint figures. The bare loop has the same model, data by
 index, loss, fused AdamW, clipping and EMA, and no more; on several ranks it is in DistributedDataParallel. Both live in
 one process and take turns in the order ours, bare, bare, ours, so that a drifting machine hits both alike. Every cell
-is a start of its own and is kept: started again, the script goes on. It uses a GPU where there is one.
+is a start of its own and is kept: started again, the script goes on, and it reports all that is kept. It uses a GPU
+where there is one.
 """
 
 import argparse
@@ -51,16 +52,15 @@ def main(argv: list[str]) -> int:
     given.results.mkdir(parents=True, exist_ok=True)
     stages = [s for s in given.stages if s or given.precision == "fp32"]
     shared = {"precision": given.precision, "turns": given.turns}
-    timed = [
-        kept(given.results, {"model": model, "batch": batch, "world": world, "stage": stage, **shared})
-        for world, model, batch, stage in itertools.product(given.worlds, given.models, given.batches, stages)
-    ]
-    memory = [
-        kept(given.results, {"model": given.memory_model, "batch": 16, "world": world, "stage": stage, **shared,
-                             "turns": 0})
-        for world, stage in itertools.product(given.worlds, stages)
-    ]  # fmt: skip
+    for world, model, batch, stage in itertools.product(given.worlds, given.models, given.batches, stages):
+        keep(given.results, {"world": world, "model": model, "batch": batch, "stage": stage, **shared})
+    for world, stage in itertools.product(given.worlds, stages):
+        memory_of = {"world": world, "model": given.memory_model, "batch": 16, "stage": stage}
+        keep(given.results, {**memory_of, **shared, "turns": 0})
     starts = start_times(given.results)
+    cells = [json.loads(file.read_text()) for file in given.results.glob("cell-*.json")]
+    cells.sort(key=lambda c: (c["world"], c["model"], c["batch"], c["stage"]))
+    timed, memory = [c for c in cells if c["turns"]], [c for c in cells if not c["turns"]]
     text = report(timed, memory, starts)
     print(text)
     if given.write:
@@ -70,17 +70,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def kept(results: Path, cell: dict) -> dict:
-    """The figures of a cell: those of an earlier start of the script, or measured now."""
+def keep(results: Path, cell: dict) -> None:
+    """Measure a cell, unless an earlier start of the script has."""
     name = "-".join(str(value).replace("/", "_") for value in cell.values())
-    file = results / f"{name}.json"
+    file = results / f"cell-{name}.json"
     if not file.exists():
         found = {**cell, **launch_cell(cell), "commit": commit(), "load": os.getloadavg()[0]}
         partial = file.with_suffix(".tmp")
         partial.write_text(json.dumps(found))
         os.replace(partial, file)
         print(f"{name}: done", flush=True)
-    return json.loads(file.read_text())
 
 
 def launch_cell(cell: dict) -> dict:
@@ -168,7 +167,7 @@ def take_turns(run: object, cell: dict) -> dict:
         turn("ours")
     run.telemetry.settle()
     peak = distributed.all_reduce_(torch.tensor(float(device.max_memory_bytes()), dtype=torch.float64), "max")
-    found = {"peak_bytes": int(peak), "state_bytes": sum(run.plan.memory.values()), "device": device.name}
+    found = {"peak_bytes": int(peak), "planned_bytes": sum(run.plan.memory.values()), "device": device.name}
     if bare is not None:
         mine = sum(rank["loss"] for rank in run.telemetry.heard) / len(run.telemetry.heard)
         found |= {"seconds": seconds, "last_loss": {"ours": mine, "bare": bare.last_loss()}}
@@ -236,19 +235,23 @@ class BareLoop:
         return distributed.all_reduce_(self._loss, "mean").item()
 
 
-def start_times(results: Path) -> dict:
-    """Seconds from the start of a process: imports, and the launcher until it reports its first step."""
-    file = results / "starts.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    imports = {"import torch": "import torch", "import dsmoe.training.pretrain": "import dsmoe.training.pretrain"}
-    imports["the same and deepspeed"] = "import dsmoe.training.pretrain, deepspeed"
-    found = {name: [import_seconds(code) for _ in range(STARTS)] for name, code in imports.items()}
+def start_times(results: Path) -> dict[str, list[float]]:
+    """Seconds from the start of a process: imports, and the launcher until it reports its first step. Kept as cells."""
     pretrain = [str(ROOT / "launchers/pretrain.py"), "--deepspeed_config", str(ROOT / "ds_configs/quickstart.json")]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    found["python launcher, 1 rank, until step 1"] = [first_step([sys.executable, *pretrain]) for _ in range(STARTS)]
-    found["deepspeed launcher, 2 ranks, until step 1"] = [first_step([*deepspeed, *pretrain]) for _ in range(STARTS)]
-    file.write_text(json.dumps(found))
+    measures = {
+        "import torch": lambda: import_seconds("import torch"),
+        "import dsmoe.training.pretrain": lambda: import_seconds("import dsmoe.training.pretrain"),
+        "the same and deepspeed": lambda: import_seconds("import dsmoe.training.pretrain, deepspeed"),
+        "python launcher, 1 rank, until step 1": lambda: first_step([sys.executable, *pretrain]),
+        "deepspeed launcher, 2 ranks, until step 1": lambda: first_step([*deepspeed, *pretrain]),
+    }
+    found = {}
+    for number, (name, measure) in enumerate(measures.items()):
+        file = results / f"start-{number}.json"
+        if not file.exists():
+            file.write_text(json.dumps([measure() for _ in range(STARTS)]))
+        found[name] = json.loads(file.read_text())
     return found
 
 
@@ -257,6 +260,14 @@ def import_seconds(code: str) -> float:
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, check=True)
     return time.perf_counter() - begun
+
+
+def import_memory() -> int:
+    """Peak resident bytes of a process that only imports."""
+    code = "import dsmoe.training.pretrain, deepspeed; from dsmoe.runtime.device import Device"
+    code += "; print('BYTES', Device('cpu').max_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    return int(done.stdout.split("BYTES")[1])
 
 
 def first_step(launcher: list[str]) -> float:
@@ -302,12 +313,13 @@ def report(timed: list[dict], memory: list[dict], starts: dict) -> str:
         )
     lines += [
         "",
-        "| processes | model | ZeRO | peak memory of a process, MiB | state by arithmetic, MiB |",
+        "| processes | model | ZeRO | peak memory of a process, MiB | by the plan's arithmetic, without libraries |",
         "|---|---|---|---|---|",
     ]
     for cell in memory:
-        figures = f"{cell['peak_bytes'] / 2**20:.0f} | {cell['state_bytes'] / 2**20:.0f}"
+        figures = f"{cell['peak_bytes'] / 2**20:.0f} | {cell['planned_bytes'] / 2**20:.0f}"
         lines.append(f"| {cell['world']} | {cell['model']} | {cell['stage']} | {figures} |")
+    lines += ["", f"The imports alone take {import_memory() / 2**20:.0f} MiB of it."]
     lines += ["", "| start of a process | seconds |", "|---|---|"]
     lines += [f"| {name} | {spread(seconds, 1, 1)} |" for name, seconds in starts.items()]
     return "\n".join(lines)
@@ -317,14 +329,14 @@ def circumstances(timed: list[dict]) -> str:
     """What the figures were made with."""
     import deepspeed
 
-    loads = [cell["load"] for cell in timed]
+    loads, turns = ([cell[name] for cell in timed] for name in ("load", "turns"))
     differences = [abs(cell["last_loss"]["ours"] / cell["last_loss"]["bare"] - 1) for cell in timed]
     return (
         f"{timed[0]['device']}, {os.cpu_count()} cores, {timed[0]['precision']}, {environment()['OMP_NUM_THREADS']} "
         f"thread a process. Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
         f"{deepspeed.__version__}, commit {', '.join(sorted({cell['commit'] for cell in timed}))}; load average "
-        f"after the cells {min(loads):.1f} to {max(loads):.1f}. Median and quartiles of {timed[0]['turns']} turns of "
-        f"{BLOCK} steps a side, in the order ours, bare, bare, ours; ours / bare is taken turn by turn. "
+        f"after the cells {min(loads):.1f} to {max(loads):.1f}. Median and quartiles of "
+        f"{min(turns)} to {max(turns)} turns of {BLOCK} steps a side, in the order ours, bare, bare, ours; ours / bare is taken turn by turn. "
         f"Both sides trained the same: their last losses differ by at most {max(differences):.1e}. "
         "Engine policy: `ds_configs/quickstart.json` at the stage stated."
     )

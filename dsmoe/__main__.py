@@ -45,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     saved.add_argument("--kind", default="ema", help="weights to export: model, or an average's name (default ema)")
     saved.add_argument("--at", type=int, metavar="IMAGES", help="export that checkpoint instead, by images seen")
     saved.set_defaults(run=_checkpoints)
+    routing = commands.add_parser("routing", help="draw and sum up where a run's routers send its images")
+    routing.add_argument("folder", metavar="RUN")
+    routing.add_argument("--out", metavar="FILE.png", help="default RUN/routing.png")
+    routing.set_defaults(run=_routing)
     macs = commands.add_parser("macs", help="parameters and multiply-accumulates of a model, by arithmetic and counted")
     macs.add_argument("name", metavar="PRESET|RECIPE", help="a name or a .yaml file; all: every preset, as markdown")
     macs.add_argument("--resolution", type=int, metavar="PX", help="image side (default the recipe's, or 256)")
@@ -84,6 +88,13 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
     else:
         for name, facts in command.listing(store, arguments.verify):
             print(f"{name}  {facts}")
+    return 0
+
+
+def _routing(arguments: argparse.Namespace) -> int:
+    from dsmoe.evaluation import routing
+
+    print(routing.report(arguments.folder, arguments.out))
     return 0
 
 

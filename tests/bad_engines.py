@@ -96,7 +96,11 @@ ENGINES = [
         },
         says=("torch_fused", "auto, cpu_adam or torch"),
     ),
-    engine("two expert groups", {"dsmoe": {"expert_parallel_size": 2}}, says=("expert_parallel_size' is 2", "set 1")),
+    engine(
+        "experts over more ranks than there are",
+        {"dsmoe": {"expert_parallel_size": 3}},
+        says=("expert_parallel_size' is 3", "must divide", "ranks"),
+    ),
     engine(
         "expert groups of a dense model",
         {"dsmoe": {"expert_parallel_size": 2}},

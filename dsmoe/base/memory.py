@@ -180,7 +180,7 @@ class _Rank:
         dense = shape.tensors()
         self.n = sum(dense) + shape.spec.depth * sum(local)
         self.m = -(-shape.count.trained // layout.world_size) if self.stage else self.n
-        self.largest = max([*dense, *local])
+        self.largest, self.largest_dense = max([*dense, *local]), max(dense)
         self.module = max([*dense, sum(local)])
         self.persistent = sum(size for size in dense if size < layout.buckets.persistent)
         images = layout.micro_batch
@@ -212,7 +212,10 @@ class _Rank:
         return self.resident and not self.alone and self.stage in (1, 2)
 
     def start(self) -> Parts:
-        """Every rank draws the whole fp32 model before anything is cast or sharded; stages 1, 2 copy it flat."""
+        """Stage 3 shards each module as it is made; the others make the whole fp32 model first, and 1, 2 copy it flat."""
+        if self.stage == 3:
+            drawn = FLOAT * self.largest_dense if self.resident else 0  # initial weights are drawn on the CPU
+            return {"parameters": self.itemsize * self.m, "module being made": self.itemsize * self.module + drawn}
         flat = self.n * self.itemsize if self.stage in (1, 2) and self.itemsize == FLOAT else 0
         return {"whole fp32 model": FLOAT * self.n, "flat copy": flat}
 
@@ -278,7 +281,8 @@ class _Rank:
         whole = self.itemsize * self.n
         if self.stage == 0:
             copied = self.n if self.n <= STAGE_0_REDUCE else min(self.n, STAGE_0_REDUCE + self.largest)
-            return {"gradients": whole, "buckets": self.itemsize * copied}
+            # training.engine turns the reduction off for a rank alone.
+            return {"gradients": whole, "buckets": 0 if self.alone else self.itemsize * copied}
         # The shard's buffer fills while the gradients that it takes are freed.
         shard = 0 if self.resident or self.layout.offload_optimizer else self.itemsize * self.m
         return _sum({"gradients": whole + shard, "temporaries": self._offload_norm()}, self._reducing())

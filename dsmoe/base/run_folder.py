@@ -1,6 +1,6 @@
 """The run folder: where everything of one run lies, and who may write in it.
 
-    plan.json  metrics.jsonl  tb/  samples/  ckpt/  logs/  lease.json  DONE | FAILED
+    plan.json  metrics.jsonl  routing.jsonl  tb/  samples/  ckpt/  logs/  lease.json  DONE | FAILED
 
 The lease carries a generation number: a job that starts takes the next one, and a job that finds a later
 generation than its own stops writing (a requeued run is never overwritten by its late predecessor).
@@ -38,6 +38,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def routing(self) -> Path:
+        return self.path / "routing.jsonl"
 
     @property
     def tensorboard(self) -> Path:

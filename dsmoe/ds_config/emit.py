@@ -1,6 +1,8 @@
 """What deepspeed.initialize gets: the checked policy with every shared key filled in by the recipe's numbers."""
 
 import copy
+import json
+from collections.abc import Callable
 
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.recipe import OptimizerSpec
@@ -8,10 +10,10 @@ from dsmoe.ds_config.batch import Batch
 from dsmoe.ds_config.policy import EnginePolicy
 
 
-def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool) -> None:
+def check_policy(policy: EnginePolicy, *, device_type: str, num_experts: int, world_size: int) -> None:
     """Refuse what DeepSpeed 0.19.8 would do wrongly or late, with the reason (expert_parallelism.md 3a, 3b-6).
 
-    device_type: "cpu" or "cuda".
+    device_type: "cpu" or "cuda". num_experts: 0 for a dense model.
     """
     path, block = policy.path, policy.block
     if policy.precision == "fp16" and device_type == "cpu":
@@ -27,14 +29,7 @@ def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool) -> Non
             "use stage 1 (same memory on one rank)."
         )
     if block.expert_parallel_size > 1:
-        if not is_moe:
-            raise ConfigError(
-                f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size} but the model is dense; set 1."
-            )
-        raise ConfigError(
-            f"{path}: 'dsmoe.expert_parallel_size' is {block.expert_parallel_size}; this version trains with 1 only, "
-            "so set 1."
-        )
+        _check_expert_parallel(policy, num_experts, world_size)
     if block.optimizer == "cpu_adam" and not policy.offload_optimizer and device_type != "cpu":
         raise ConfigError(
             f"{path}: 'dsmoe.optimizer' cpu_adam needs 'zero_optimization.offload_optimizer' on device cpu."
@@ -44,6 +39,37 @@ def check_policy(policy: EnginePolicy, *, device_type: str, is_moe: bool) -> Non
             f"{path}: 'dsmoe.optimizer' {block.optimizer} runs on the device, but the optimizer is offloaded; "
             "use auto, cpu_adam or torch."
         )
+
+
+def _check_expert_parallel(policy: EnginePolicy, num_experts: int, world_size: int) -> None:
+    path, size = policy.path, policy.block.expert_parallel_size
+    if not num_experts:
+        raise ConfigError(f"{path}: 'dsmoe.expert_parallel_size' is {size} but the model is dense; set 1.")
+    if num_experts % size or world_size % size:
+        allowed = [n for n in range(1, num_experts + 1) if num_experts % n == 0 and world_size % n == 0]
+        raise ConfigError(
+            f"{path}: 'dsmoe.expert_parallel_size' is {size}; it must divide both the {num_experts} experts and the "
+            f"{world_size} ranks: {', '.join(map(str, allowed))}."
+        )
+    zero = policy.passed.get("zero_optimization", {})
+    for key, wrong, why in _NOT_WITH_EXPERT_PARALLEL:
+        if wrong(zero.get(key)):
+            raise ConfigError(
+                f"{path}: 'zero_optimization.{key}' is {json.dumps(zero[key])} with 'dsmoe.expert_parallel_size' "
+                f"{size}; {why}."
+            )
+
+
+# What DeepSpeed 0.19.8 rejects, or reduces over the wrong ranks, where ranks hold different experts.
+_NOT_WITH_EXPERT_PARALLEL: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("zero_quantized_gradients", bool, "DeepSpeed cannot quantize the gradients of experts; drop it"),
+    ("zero_quantized_weights", bool, "DeepSpeed gathers quantized weights over all ranks; drop it"),
+    (
+        "zero_hpz_partition_size",
+        lambda value: isinstance(value, int) and value > 1,
+        "DeepSpeed has no second partition for experts; drop it",
+    ),
+)
 
 
 def engine_config(policy: EnginePolicy, batch: Batch, optimizer: OptimizerSpec) -> dict:

@@ -76,7 +76,7 @@ def policy_tree(layout: Layout, about: str) -> dict:
     return tree
 
 
-def refusal(layout: Layout, *, is_moe: bool) -> str:
+def refusal(layout: Layout, *, num_experts: int) -> str:
     """Why this version does not train a layout on GPUs (the line of check_policy), or ""."""
     policy = EnginePolicy(
         path="layout",
@@ -94,7 +94,7 @@ def refusal(layout: Layout, *, is_moe: bool) -> str:
         passed={},
     )
     try:
-        check_policy(policy, device_type="cuda", is_moe=is_moe)
+        check_policy(policy, device_type="cuda", num_experts=num_experts, world_size=layout.world_size)
     except ConfigError as error:
         return str(error)
     return ""

@@ -7,6 +7,7 @@ makes their process groups (expert_parallelism.md 3b-2). Nothing of DeepSpeed's 
 
 from dataclasses import dataclass
 
+import deepspeed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor
@@ -34,8 +35,6 @@ class ExpertGroups:
 def create_groups(size: int) -> ExpertGroups:
     """Make or find the groups; `size` must divide the world. Call it before the model is built, on all ranks:
     zero.Init partitions an expert over its `data` group as soon as it exists."""
-    import deepspeed
-
     deepspeed.init_distributed(dist_init_required=False)
     groups._create_expert_and_data_parallel(size)
     name = f"ep_size_{size}"
@@ -47,9 +46,10 @@ def create_groups(size: int) -> ExpertGroups:
 class ExpertParallelMoE(MoE, AutoEPMoELayer):
     """`MoE` with E / size experts on this rank, the same values as all of them on one."""
 
-    def __init__(self, spec: ModelSpec, *, balance_scope: str, expert_groups: ExpertGroups) -> None:
+    def __init__(self, spec: ModelSpec, *, expert_groups: ExpertGroups, **balance: object) -> None:
+        """balance: the rest of MoE's arguments."""
         self._groups = expert_groups
-        MoE.__init__(self, spec, balance_scope=balance_scope)
+        MoE.__init__(self, spec, **balance)
         # What the engine asks a layer of its own for.
         self.num_experts, self.num_local_experts = spec.num_experts, len(self.experts.held)
         self.ep_size, self.ep_group_name, self.ep_group = expert_groups.size, expert_groups.name, expert_groups.parallel

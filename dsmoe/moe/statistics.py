@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DEAD_SHARE = 0.05  # of the fair share
+
 
 class MoEStats(NamedTuple):
     """Losses and load of one call of a MoE layer (float32; the losses are float64 for float64 tokens).
@@ -25,7 +27,12 @@ class MoEStats(NamedTuple):
 
 
 def load_entropy(load: Tensor) -> Tensor:
-    """Entropy of the load [..., E] over log E: 1 when all share alike, 0 when one takes all. E >= 2."""
+    """Entropy of the load [..., E] over log E: 1 when all share alike, 0 when one takes all.
+
+    1 for a single expert.
+    """
+    if load.shape[-1] == 1:
+        return torch.ones_like(load[..., 0])
     entropy = -torch.special.xlogy(load, load).sum(-1)
     return entropy / math.log(load.shape[-1])
 
@@ -35,6 +42,6 @@ def load_imbalance(load: Tensor) -> Tensor:
     return load.amax(-1) * load.shape[-1]
 
 
-def dead_experts(load: Tensor, share: float = 0.05) -> Tensor:
+def dead_experts(load: Tensor, share: float = DEAD_SHARE) -> Tensor:
     """Which experts have a load [..., E] below `share` of the fair share 1/E: bool [..., E]."""
     return load < share / load.shape[-1]

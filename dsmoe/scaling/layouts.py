@@ -55,7 +55,7 @@ def candidates(
             rank_memory(shape, layout),
             link_bytes(shape, layout, cluster),
             room,
-            refusal(layout, is_moe=shape.spec.is_moe),
+            refusal(layout, num_experts=shape.spec.num_experts),
         )
         for layout in enumerate_layouts(
             shape.spec, cluster, global_batch=global_batch, precision=precision, averages=averages, fixed=fixed

@@ -18,10 +18,10 @@ _STATES = ("parameters", "master weights", "moments", "averages", "gradients", "
 _REMEDIES = {
     "activations": "recompute, a smaller micro-batch, or a lower resolution",
     "temporaries": "a smaller micro-batch, or a lower resolution",
-    "whole fp32 model": "GPUs with more memory, since every rank first draws the whole model",
+    "whole fp32 model": "stage 3, which shards the model as it is made, or GPUs with more memory",
     "buckets": "smaller buckets",
     "gathered parameters": "smaller buckets",
-    **dict.fromkeys(_STATES, "more GPUs, a higher ZeRO stage, or offload"),
+    **dict.fromkeys(_STATES, "more GPUs, or whichever of a higher ZeRO stage and offload it does not have yet"),
 }
 
 

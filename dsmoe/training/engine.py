@@ -5,6 +5,7 @@ parameter, and a flat fp32 view. EMA, weight export and checkpoints (state) see 
 every ZeRO stage.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from dsmoe.base.plan import Plan
+from dsmoe.moe.block import MoE
 from dsmoe.moe.experts import global_place
 from dsmoe.runtime import distributed
+from dsmoe.training.deepspeed_patches import skip_lone_reduction
 
 MASTER = "master"
 
@@ -56,8 +59,8 @@ class Engine:
         if self._own_norm:
             # DeepSpeed would take the norm again, and wrongly where ranks hold different experts.
             self.engine.clip_fp32_gradients = self._clip
-            # Alone it would still copy every gradient into a buffer and back.
-            self.engine.enable_backward_allreduce = distributed.world_size() > 1
+        if distributed.world_size() == 1:
+            skip_lone_reduction(self.engine)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -207,16 +210,36 @@ def gather(fragments: list[Fragment], shapes: dict[str, tuple[int, ...]]) -> Ite
         yield name, distributed.all_reduce_(flat, "sum").view(shape).cpu()
 
 
-def gather_full(fragments, shapes, replicated=None):  # to be removed at integration
-    return dict(gather(fragments, shapes))
-
-
 def build_engine(
     plan: Plan,
-    model: torch.nn.Module,
+    make_model: Callable[[Callable[..., torch.nn.Module]], torch.nn.Module],
     make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     config: dict,
+    device: torch.device,
 ) -> Engine:
-    """The engine for a model already on its device, with the plan's activation checkpointing."""
+    """The engine on `device`, with the plan's expert parallelism and activation checkpointing.
+
+    make_model: from the class of the expert layers. Under ZeRO-3 parameters are partitioned as they are made, so no
+    rank ever holds the whole model; under the other stages they are made on the CPU and moved.
+    """
+    import deepspeed
+
+    # Groups first: partitioning an expert asks for them, and without them zero.Init hangs (expert_parallelism.md 3b-3).
+    deepspeed.init_distributed(dist_init_required=False)
+    layer = expert_layer(plan.engine.expert_parallel_size)
+    sharded = deepspeed.zero.Init(config_dict_or_path=config, enabled=plan.engine.zero_stage == 3)
+    with sharded:
+        model = make_model(layer)
+    model = model.to(device)
     model.activation_checkpointing = plan.engine.activation_checkpointing
     return Engine(model, make_optimizer(list(model.parameters())), config)
+
+
+def expert_layer(expert_parallel_size: int) -> Callable[..., torch.nn.Module]:
+    """The class of expert layers for that many ranks a set of experts; makes their groups, on all ranks."""
+    if expert_parallel_size == 1:
+        return MoE
+    # Imported here: this imports deepspeed, which must not happen before runtime.distributed.initialize.
+    from dsmoe.moe.deepspeed_layer import ExpertParallelMoE, create_groups
+
+    return functools.partial(ExpertParallelMoE, expert_groups=create_groups(expert_parallel_size))

@@ -10,7 +10,6 @@ from dsmoe.base.plan import Plan
 from dsmoe.codec.protocol import Codec
 from dsmoe.data.loader import Batch
 from dsmoe.diffusion import TrainingObjective
-from dsmoe.models.dit import ModelStats
 from dsmoe.preprocess.memory import LatentBatch, posterior_of
 from dsmoe.runtime import distributed
 from dsmoe.tasks.class_conditional import ClassConditional
@@ -19,6 +18,7 @@ from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine
 from dsmoe.training.health import GradientWatch
 from dsmoe.training.optimizer import learning_rate
+from dsmoe.training.routing_log import Routed
 from dsmoe.training.sampling import SampleSheets
 from dsmoe.training.telemetry import FIELDS, StepReport, Telemetry, gather_report
 
@@ -72,25 +72,26 @@ def take_step(run: Training, step: int) -> StepReport:
     rate = learning_rate(recipe.optimizer, step * recipe.train.global_batch, recipe.train.images)
     run.engine.set_learning_rate(rate)
     figures = torch.zeros(len(FIELDS), device=run.device)
-    load = None
+    load, routed = None, []
     for _ in range(accumulation):
         waited = time.perf_counter()
         batch = next(run.batches).to(run.device)
         waited = time.perf_counter() - waited
-        loss, measured, stats = micro_loss(run, batch)
+        loss, measured, sent = micro_loss(run, batch)
         run.engine.backward(loss)
         run.engine.step()
         figures[:5] += measured / accumulation
         figures[7] += waited
-        if stats is not None:
-            load = stats.load / accumulation if load is None else load + stats.load / accumulation
+        if sent is not None:
+            routed.append(sent)
+            load = sent.load / accumulation if load is None else load + sent.load / accumulation
     figures[5] = run.watch.take()
     figures[6] = run.engine.gradient_norm()
     if run.checkpoints is not None:
         figures[8:] = torch.tensor(run.checkpoints.figures())
     if load is not None:
         _balance(run, load)
-    return gather_report(step, rate, figures, load)
+    return gather_report(step, rate, figures, routed)
 
 
 def _balance(run: Training, load: torch.Tensor) -> None:
@@ -106,8 +107,8 @@ def _balance(run: Training, load: torch.Tensor) -> None:
             block.moe.update_selection_bias((of_layer.double() * slots).round(), balance.bias_rate)
 
 
-def micro_loss(run: Training, batch: Batch | LatentBatch) -> tuple[torch.Tensor, torch.Tensor, ModelStats | None]:
-    """Loss of a micro-batch to back-propagate, its parts [loss, mse, vb, balance, z] detached, router statistics.
+def micro_loss(run: Training, batch: Batch | LatentBatch) -> tuple[torch.Tensor, torch.Tensor, Routed | None]:
+    """Loss of a micro-batch to back-propagate, its parts [loss, mse, vb, balance, z] detached, where it was routed.
 
     Every part is a mean over images of a per-image value (paper eq. 2; contracts 2.1.10), so the global-batch
     mean does not depend on how the batch is cut.
@@ -118,9 +119,10 @@ def micro_loss(run: Training, batch: Batch | LatentBatch) -> tuple[torch.Tensor,
     output, stats = run.engine(x_t.to(run.engine.dtype), run.objective.model_time(inputs.t), inputs.y)
     terms = run.objective.training_loss(output, inputs.x0, x_t, inputs.t, inputs.noise)
     loss = terms.total.mean()
-    extra = torch.zeros(2, device=run.device)
+    extra, sent = torch.zeros(2, device=run.device), None
     if stats is not None:
         loss = loss + balance.coefficient * stats.balance_loss + balance.z_coefficient * stats.z_loss
         extra = torch.stack([stats.balance_loss, stats.z_loss]).detach() / run.plan.recipe.model.depth
+        sent = Routed(stats.load, stats.load_per_sample, inputs.t, inputs.y)
     measured = torch.stack([loss.detach(), terms.mse.mean().detach(), terms.vb.mean().detach(), *extra])
-    return loss, measured, stats
+    return loss, measured, sent

@@ -87,8 +87,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
     policy = load_policy(command.deepspeed_config)
     Device.pick(place.local_world_size - 1)  # all ranks of a host meet a missing GPU, so that rank 0 can say so
     device = Device.pick(place.local_rank)
-    is_moe = recipe.model.is_moe
-    check_policy(policy, device_type=device.kind, is_moe=is_moe)
+    check_policy(policy, device_type=device.kind, num_experts=recipe.model.num_experts, world_size=place.world_size)
     _check_device(policy, device)
     batch = resolve_batch(policy, recipe.train.global_batch, place.world_size)
     implementation = choose_implementation(

@@ -241,15 +241,15 @@ def _engine(prepared: Prepared, device: torch.device) -> Engine:
     """Model and engine. Every rank draws the same initial weights, so nothing depends on who broadcasts."""
     plan, policy = prepared.plan, prepared.policy
     torch.manual_seed(plan.recipe.train.seed)
-    model = new_model(plan).to(device)
     implementation = choose_implementation(
         policy.block.optimizer, device_type=device.type, offload=policy.offload_optimizer
     )
     return build_engine(
         plan,
-        model,
+        lambda layer: new_model(plan, moe_cls=layer),
         lambda parameters: build_optimizer(parameters, plan.recipe.optimizer, implementation),
         engine_config(policy, prepared.batch, plan.recipe.optimizer),
+        device,
     )
 
 
@@ -292,11 +292,13 @@ def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path, seconds: fl
         {"images_seen": last["images_seen"], "loss": last["loss"], "training_seconds": round(seconds, 1)}
     )
     weights, *others = (folder.checkpoints / f"{kind}.safetensors" for kind in (*plan.recipe.ema_decays, MODEL))
+    routing = [f"routing      python -m dsmoe routing {folder.path}"] * plan.recipe.model.is_moe
     for line in (
         f"done: {last['images_seen']:,} images in {seconds:.0f} s, loss {last['loss']:.4f}",
         f"samples      {sheet}",
         f"loss plot    {folder.path / 'loss.png'}",
         f"metrics      {folder.metrics}  (TensorBoard: tensorboard --logdir {folder.tensorboard})",
+        *routing,
         f"weights      {weights}  (averaged), {', '.join(map(str, others))}",
         f"next         python launchers/sample.py --checkpoint {weights} --classes all",
     ):

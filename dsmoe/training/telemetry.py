@@ -1,20 +1,24 @@
-"""What a run says of itself: console lines, metrics.jsonl, TensorBoard, the loss plot."""
+"""What a run says of itself: console lines, metrics.jsonl, routing.jsonl, TensorBoard, the loss plot.
+
+Where the routers sent the images is counted in routing_log.
+"""
 
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dsmoe.base.plan import Plan
-from dsmoe.base.run_folder import Lease
-from dsmoe.moe.statistics import dead_experts, load_entropy, load_imbalance
+from dsmoe.base.run_folder import Lease, RunFolder
 from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.logging import get_logger
 from dsmoe.training.health import check_finite
+from dsmoe.training.routing_log import Routed, RoutingLog, Window
 
 FIELDS = ("loss", "mse", "vb", "balance", "z_loss", "bad_gradient", "grad_norm", "data_seconds", "stop", "saved")
 MEANS = ("loss", "mse", "vb", "balance", "z_loss", "grad_norm")
@@ -24,7 +28,7 @@ MEANS = ("loss", "mse", "vb", "balance", "z_loss", "grad_norm")
 class StepReport:
     """Figures of one optimizer step on the device, gathered over ranks but not yet read by the host.
 
-    figures: fp32 [ranks, len(FIELDS)]; load: fp32 [L, E] of this rank, or None for a dense model.
+    figures: fp32 [ranks, len(FIELDS)]; routed: this rank's micro-batches, none for a dense model.
     ended: host clock at the end of the step.
     """
 
@@ -32,13 +36,13 @@ class StepReport:
     learning_rate: float
     ended: float
     figures: torch.Tensor
-    load: torch.Tensor | None
+    routed: Sequence[Routed] = ()
 
 
-def gather_report(step: int, learning_rate: float, figures: torch.Tensor, load: torch.Tensor | None) -> StepReport:
+def gather_report(step: int, learning_rate: float, figures: torch.Tensor, routed: Sequence[Routed] = ()) -> StepReport:
     """Exchange this rank's figures [len(FIELDS)] with the others: the only collective of ours in a step."""
     shared = torch.stack(distributed.all_gather_tensor(figures))
-    return StepReport(step, learning_rate, time.perf_counter(), shared, load)
+    return StepReport(step, learning_rate, time.perf_counter(), shared, routed)
 
 
 class Telemetry:
@@ -55,22 +59,24 @@ class Telemetry:
         resumed: dict | None = None,
     ) -> None:
         """resumed: the `position` at images_seen to go on from; what an attempt that came further wrote is dropped."""
-        resumed = resumed or {"bytes": 0, "elapsed": 0.0, "window": 0.0, "rows": [], "load": None}
+        resumed = resumed or {"bytes": 0, "elapsed": 0.0, "window": 0.0, "rows": []}
+        routing = resumed.get("routing") or {"bytes": 0, "open": None}
         self._plan, self._lease, self._device = plan, lease, device
-        self._folder = folder
+        self._folder = RunFolder(folder)
         self._pending: StepReport | None = None
         self._rows: list[dict[str, float]] = list(resumed["rows"])
-        self._load = None
-        if resumed["load"] is not None:
-            self._load = torch.tensor(resumed["load"], device=device.torch_device)
+        self._routing = None
+        if plan.recipe.model.is_moe:
+            self._routing = RoutingLog(plan, device.torch_device, routing["open"])
         self.heard: list[dict[str, float]] = []
         self._log_steps = max(1, round(plan.recipe.report.log_every / plan.recipe.train.global_batch))
         self._rate = device.matmul_rate(dtype)
         self._peak = device.peak_flops(dtype)
         now = time.perf_counter()
         self._started, self._since = now - resumed["elapsed"], now - resumed["window"]
-        _cut(folder / "metrics.jsonl", resumed["bytes"])
-        self._writer = _tensorboard(folder / "tb", images_seen)
+        _cut(self._folder.metrics, resumed["bytes"])
+        _cut(self._folder.routing, routing["bytes"])
+        self._writer = _tensorboard(self._folder.tensorboard, images_seen)
 
     @property
     def elapsed(self) -> float:
@@ -91,14 +97,15 @@ class Telemetry:
 
     def position(self) -> dict:
         """Where the figures stand, as plain data for `resumed`: all ranks call it, after `settle`; rank 0's counts."""
-        now, metrics = time.perf_counter(), self._folder / "metrics.jsonl"
-        load = None if self._load is None else distributed.all_reduce_(self._load.clone(), "mean").tolist()
+        now, routing = time.perf_counter(), None
+        if self._routing is not None:
+            routing = {"bytes": _size(self._folder.routing), "open": self._routing.position()}
         return {
-            "bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "bytes": _size(self._folder.metrics),
             "elapsed": now - self._started,
             "window": now - self._since,
             "rows": list(self._rows),
-            "load": load,
+            "routing": routing,
         }
 
     def flush(self) -> None:
@@ -124,8 +131,8 @@ class Telemetry:
         )
         row.update(step=report.step + 1, lr=report.learning_rate, ended=report.ended)
         self._rows.append(row)
-        if report.load is not None:
-            self._load = report.load.clone() if self._load is None else self._load + report.load
+        for batch in report.routed:
+            self._routing.add(batch)
         if row["step"] % self._log_steps == 0 or row["step"] == 1:
             self._log(row)
 
@@ -151,32 +158,29 @@ class Telemetry:
         }
         if self._peak:
             record["mfu"] = flops / self._peak
-        if self._load is not None:
-            record.update(_routing(distributed.all_reduce_(self._load / steps, "mean")))
-        self._rows, self._load, self._since = [], None, now
-        self._write(record)
+        window = None
+        if self._routing is not None:
+            window = self._routing.take()
+            record.update(window.summary())
+        self._rows, self._since = [], now
+        self._write(record, window, from_start=steps == last["step"])
 
     @distributed.on_main
-    def _write(self, record: dict[str, object]) -> None:
+    def _write(self, record: dict[str, object], window: Window | None, from_start: bool) -> None:
         if self._lease is not None:
             self._lease.verify()
-        with open(self._folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        seen = record["images_seen"]
+        _append(self._folder.metrics, json.dumps(record))
         for name, value in record.items():
             if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, record["images_seen"])
+                self._writer.add_scalar(name, value, seen)
         get_logger("train").info("%s", console_line(record, self._plan.recipe.train.steps))
-
-
-def _routing(load: torch.Tensor) -> dict[str, object]:
-    """Shares [L, E] of the choices as figures: entropy (1 = even), the busiest expert, dead experts by layer."""
-    dead = dead_experts(load).nonzero().tolist()
-    return {
-        "load_entropy": load_entropy(load).mean().item() if load.shape[1] > 1 else 1.0,
-        "load_max_over_mean": load_imbalance(load).max().item(),
-        "dead_experts": len(dead),
-        "dead": [f"layer {layer} expert {expert}" for layer, expert in dead],
-    }
+        if window is not None:
+            maps = {"step": record["step"], "images_seen": seen, **window.maps()}
+            _append(self._folder.routing, json.dumps(maps, separators=(",", ":")))
+            window.show(self._writer, seen)
+            if not from_start:  # a router's first steps say nothing of where it is going
+                self._routing.watch(window.load, seen)
 
 
 def console_line(record: dict[str, object], steps: int) -> str:
@@ -196,8 +200,8 @@ def console_line(record: dict[str, object], steps: int) -> str:
         parts.insert(6, f"MFU {record['mfu']:.1%}")
     if "load_entropy" in record:
         parts.insert(2, f"balance {record['balance']:.3f} (load entropy {record['load_entropy']:.3f})")
-    if record.get("dead"):
-        parts.append("DEAD " + ", ".join(record["dead"][:4]))
+    if record.get("dead_experts"):
+        parts.append(f"dead experts {record['dead_experts']}")
     return "  ".join(parts)
 
 
@@ -209,10 +213,19 @@ def _tensorboard(folder: Path, images_seen: int) -> object:
 
 
 @distributed.on_main
-def _cut(metrics: Path, size: int) -> None:
+def _cut(file: Path, size: int) -> None:
     """Drop the records that an earlier attempt wrote after the point from which this one goes on."""
-    if metrics.exists() and metrics.stat().st_size > size:
-        os.truncate(metrics, size)
+    if _size(file) > size:
+        os.truncate(file, size)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _append(file: Path, line: str) -> None:
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(line + "\n")
 
 
 def read_metrics(path: Path) -> list[dict]:

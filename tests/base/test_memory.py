@@ -124,11 +124,20 @@ def test_activations_are_the_blocks_and_the_rest():
 
 
 def test_whole_model_at_the_start_can_be_the_fullest_moment():
-    """Every rank draws the whole fp32 model: 66 GB for 16.5 B parameters, however many GPUs share it afterwards."""
-    found = rank_memory(shape("G/2-16E2A"), layout(3, 64))
+    """Below stage 3 a rank makes the whole fp32 model: 66 GB for 16.5 B parameters, however many share it afterwards."""
+    whole = shape("G/2-16E2A")
+    found = rank_memory(whole, layout(2, 64))
     assert found.peak_phase == "start"
-    assert found.device_bytes == 4 * shape("G/2-16E2A").count.trained
+    assert found.phases["start"]["whole fp32 model"] == 4 * whole.count.trained
     assert found.fullest_in_a_step != "start"
+
+
+def test_stage_3_never_has_the_whole_model():
+    whole = shape("G/2-16E2A")
+    found = rank_memory(whole, layout(3, 64))
+    # 16 experts of 3 matrices of 1408 x 5632, bf16, are the largest module, beside a 64th of the model.
+    assert found.start_bytes == 2 * -(-whole.count.trained // 64) + 2 * 16 * 3 * 1408 * 5632
+    assert found.peak_phase != "start"
 
 
 def test_live_parameters_bound_what_stage_3_gathers():
@@ -154,3 +163,11 @@ def test_more_of_anything_never_needs_less():
 def test_memory_does_not_import_torch(repo_root):
     code = "import sys, dsmoe.base.memory; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=repo_root, check=True, timeout=60)
+
+
+def test_stage_0_copies_its_gradients_to_reduce_them_unless_it_is_alone():
+    """engine.py, allreduce_bucket: all gradients up to 5e8 elements in one flat copy."""
+    n = shape("a4").count.trained
+    for world, copies in ((1, 0), (2, 1)):
+        found = rank_memory(shape("a4"), layout(0, world, "fp32")).phases["reduction"]
+        assert found["buckets"] == copies * 4 * n

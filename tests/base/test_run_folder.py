@@ -36,7 +36,8 @@ def test_every_path_lies_in_the_folder():
     folder = RunFolder(Path("r"))
     paths = [getattr(folder, n) for n, v in vars(RunFolder).items() if isinstance(v, property)]
     assert sorted(map(str, paths)) == [
-        "r/DONE", "r/FAILED", "r/ckpt", "r/lease.json", "r/logs", "r/metrics.jsonl", "r/plan.json", "r/samples", "r/tb",
+        "r/DONE", "r/FAILED", "r/ckpt", "r/lease.json", "r/logs", "r/metrics.jsonl", "r/plan.json", "r/routing.jsonl",
+        "r/samples", "r/tb",
     ]  # fmt: skip
 
 

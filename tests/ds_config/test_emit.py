@@ -88,6 +88,12 @@ def test_deepspeed_takes_every_shipped_file_as_emitted(file, monkeypatch):
 
 
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
+
+
+def with_experts(**zero):
+    return {"dsmoe": {"expert_parallel_size": 2}, "zero_optimization": {"stage": 3, **zero}}
+
+
 OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
 
 
@@ -99,7 +105,16 @@ OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cp
         (BF16, "cuda", False, ("bf16 with ZeRO stage 0", "use stage 1")),
         (FP16, "cuda", True, ("fp16 with ZeRO stage 0", "use stage 1")),
         ({"dsmoe": {"expert_parallel_size": 2}}, "cpu", False, ("expert_parallel_size' is 2", "dense", "set 1")),
-        ({"dsmoe": {"expert_parallel_size": 2}}, "cpu", True, ("expert_parallel_size' is 2", "set 1")),
+        (
+            {"dsmoe": {"expert_parallel_size": 3}},
+            "cpu",
+            True,
+            ("expert_parallel_size' is 3", "8 experts", "4 ranks", "1, 2, 4"),
+        ),
+        ({"dsmoe": {"expert_parallel_size": 8}}, "cpu", True, ("expert_parallel_size' is 8", "4 ranks", "1, 2, 4")),
+        (with_experts(zero_quantized_gradients=True), "cuda", True, ("zero_quantized_gradients' is true", "drop it")),
+        (with_experts(zero_quantized_weights=True), "cuda", True, ("zero_quantized_weights' is true", "drop it")),
+        (with_experts(zero_hpz_partition_size=2), "cuda", True, ("zero_hpz_partition_size' is 2", "drop it")),
         ({"dsmoe": {"optimizer": "cpu_adam"}}, "cuda", False, ("cpu_adam", "offload_optimizer")),
         ({"dsmoe": {"optimizer": "torch_fused"}, **OFFLOAD}, "cuda", False, ("torch_fused", "cpu_adam or torch")),
         ({"dsmoe": {"optimizer": "apex"}, **OFFLOAD}, "cuda", False, ("apex", "cpu_adam or torch")),
@@ -107,7 +122,7 @@ OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cp
 )
 def test_what_deepspeed_would_do_wrongly_is_refused(load, content, device, is_moe, words):
     with pytest.raises(ConfigError) as error:
-        check_policy(load(**content), device_type=device, is_moe=is_moe)
+        check_policy(load(**content), device_type=device, num_experts=8 * is_moe, world_size=4)
     message = str(error.value)
     assert "\n" not in message
     for word in ("engine.json", *words):
@@ -125,7 +140,9 @@ def test_what_deepspeed_would_do_wrongly_is_refused(load, content, device, is_mo
         ({"dsmoe": {"optimizer": "cpu_adam"}, **OFFLOAD}, "cuda"),
         ({"dsmoe": {"optimizer": "torch"}, **OFFLOAD}, "cuda"),
         ({"dsmoe": {"optimizer": "torch_fused"}}, "cuda"),
+        (with_experts(zero_hpz_partition_size=1, zero_quantized_gradients=False), "cuda"),
+        ({"dsmoe": {"expert_parallel_size": 4}}, "cpu"),
     ],
 )
 def test_what_works_passes(load, content, device):
-    check_policy(load(**content), device_type=device, is_moe=True)
+    check_policy(load(**content), device_type=device, num_experts=8, world_size=4)

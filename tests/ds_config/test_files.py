@@ -31,16 +31,16 @@ def test_a_file_says_what_it_is_for_and_leaves_the_science_to_the_recipe(name):
     tree = json.loads(SHIPPED[name].read_text())
     assert len(tree["dsmoe"]["about"]) > 20
     assert {key: tree.get(key) for key in RECIPE_KEYS} == dict.fromkeys(RECIPE_KEYS, "auto")
-    for is_moe in (False, True):
-        check_policy(load_policy(str(SHIPPED[name])), device_type="cuda", is_moe=is_moe)
+    for experts in (0, 8):
+        check_policy(load_policy(str(SHIPPED[name])), device_type="cuda", num_experts=experts, world_size=8)
 
 
 @pytest.mark.parametrize("name", MEANT_FOR)
 def test_a_file_divides_the_batch_of_the_recipe_that_it_is_meant_for(name):
     recipe_name, worlds = MEANT_FOR[name]
     recipe, policy = load_recipe(recipe_name), load_policy(str(SHIPPED[name]))
-    check_policy(policy, device_type="cuda", is_moe=recipe.model.is_moe)
     for world in worlds:
+        check_policy(policy, device_type="cuda", num_experts=recipe.model.num_experts, world_size=world)
         batch = resolve_batch(policy, recipe.train.global_batch, world)
         assert batch.micro_batch * batch.accumulation * world == recipe.train.global_batch
 
@@ -72,11 +72,14 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_tiny_model_trains_with_the_file(trained, name):
+def test_a_tiny_model_trains_with_the_file_as_in_bare_torch(trained, name):
     """On a CPU, in one process: the layout is degenerate, the code path of stage, precision and offload is not."""
     found, policy = trained[name], load_policy(str(SHIPPED[name]))
     assert found["stage"] == policy.stage
     assert found["dtype"] == {"bf16": "torch.bfloat16", "fp32": "torch.float32"}[policy.precision]
     assert found["accumulation"] == (2 if policy.micro_batch else 1)
-    assert found["losses"][-1] < 0.8 * found["losses"][0], found["losses"]
+    assert found["clipped"]
+    # fp32: the design's invariance statement; bf16 keeps 8 bits, and five steps of lr 1e-2 amplify its rounding.
+    assert found["losses"] == pytest.approx(found["bare"], rel=1e-6 if policy.precision == "fp32" else 2**-6)
+    assert found["losses"][-1] < 0.9 * found["losses"][0], found["losses"]
     assert set(found["moved"]) >= {n for n in found["all"] if "final_layer" in n or "adaLN" in n}

@@ -40,7 +40,7 @@ def test_what_is_written_loads_as_the_same_layout(tmp_path, precision, stage):
         path = tmp_path / "made.json"
         write_policy(path, layout, "a test")
         policy = load_policy(str(path))
-        check_policy(policy, device_type="cuda", is_moe=True)
+        check_policy(policy, device_type="cuda", num_experts=8, world_size=8)
         assert policy.block.about == "a test"
         again = layout_of(policy, resolve_batch(policy, 48, 4), 2)
         assert without_unused(again) == without_unused(layout)
@@ -66,8 +66,10 @@ def test_defaults_are_those_of_the_installed_deepspeed():
 
 def test_refusal_is_the_line_of_check_policy():
     low = Layout(zero_stage=0, world_size=1, precision="bf16", micro_batch=1)
-    assert "bf16 with ZeRO stage 0" in refusal(low, is_moe=False)
-    assert refusal(Layout(zero_stage=1, world_size=1, precision="bf16", micro_batch=1), is_moe=True) == ""
+    assert "bf16 with ZeRO stage 0" in refusal(low, num_experts=0)
+    assert refusal(Layout(zero_stage=1, world_size=1, precision="bf16", micro_batch=1), num_experts=8) == ""
+    spread = Layout(zero_stage=1, world_size=4, precision="bf16", micro_batch=1, expert_parallel_size=3)
+    assert "must divide" in refusal(spread, num_experts=8)
 
 
 def test_every_buffer_of_the_stage_is_stated():

@@ -29,11 +29,12 @@ from plain_loop import (
 )
 from router_choices import Choices, compare_choices
 
+from dsmoe.moe.experts import global_place
 from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
 from dsmoe.training.deepspeed_patches import skip_shm_op
 from dsmoe.training.ema import Ema
-from dsmoe.training.engine import Engine, gather_full
+from dsmoe.training.engine import Engine, expert_layer, gather
 from dsmoe.training.health import GradientWatch
 from dsmoe.training.loop import Training, take_step
 from dsmoe.training.optimizer import build_optimizer
@@ -43,7 +44,7 @@ class Cell(NamedTuple):
     """One layout of one run.
 
     kind: of plain_loop.SPECS. stage: of ZeRO, or None for the bare loop itself, data parallel without an engine.
-    precision: of plain_loop.DTYPES; the engine takes fp32 and bf16.
+    precision: of plain_loop.DTYPES; the engine takes fp32 and bf16. expert_parallel: ranks a set of experts.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Cell(NamedTuple):
     checkpointing: bool = False
     precision: str = "fp32"
     seed: int = 3
+    expert_parallel: int = 1
 
 
 class _Plan:
@@ -78,7 +80,7 @@ class Run(NamedTuple):
         return self.training.ema
 
 
-def new_run(science, stage, accumulation, checkpointing, steps=None, **config):
+def new_run(science, stage, accumulation, checkpointing, steps=None, expert_parallel=1, **config):
     """A Training over `steps` (default: all) under DeepSpeed; `config` goes over the engine's configuration."""
     cut = Cut(distributed.rank(), distributed.world_size(), accumulation)
     steps = steps or range(STEPS)
@@ -96,7 +98,7 @@ def new_run(science, stage, accumulation, checkpointing, steps=None, **config):
         "steps_per_print": 10**9,
         **config,
     }
-    model = new_model(science)
+    model = new_model(science) if expert_parallel == 1 else spread_model(science, expert_parallel)
     model.activation_checkpointing = checkpointing
     choices = Choices(model)
     engine = Engine(model, build_optimizer(list(model.parameters()), science.optimizer, "torch_fused"), config)
@@ -114,6 +116,16 @@ def new_run(science, stage, accumulation, checkpointing, steps=None, **config):
         device=torch.device("cpu"),
     )
     return Run(training, choices)
+
+
+def spread_model(science, expert_parallel):
+    """`new_model`, of whose experts each rank holds its own."""
+    whole = dict(new_model(science).named_parameters())
+    model = new_model(science, expert_layer(expert_parallel))
+    for name, parameter in model.named_parameters():
+        start = global_place(parameter, tuple(parameter.shape))[1]
+        parameter.data.copy_(whole[name].data.flatten()[start : start + parameter.numel()].view_as(parameter))
+    return model
 
 
 def _watched(choices, indices):
@@ -135,9 +147,9 @@ def take_steps(run, steps):
 
 def whole_state(run):
     """Final weights and averages, whole on every rank."""
-    engine, replicated = run.engine, run.engine.stage == 0
-    averages = {k: gather_full(f, engine.shapes(), replicated) for k, f in run.ema.averages.items()}
-    return gather_full(engine.fragments(), engine.shapes(), replicated), averages
+    shapes = run.engine.shapes()
+    averages = {kind: dict(gather(fragments, shapes)) for kind, fragments in run.ema.averages.items()}
+    return dict(gather(run.engine.fragments(), shapes)), averages
 
 
 def finish(run, losses, norms, steps):
@@ -154,7 +166,9 @@ def train_cell(science, cell):
         cut = Cut(distributed.rank(), distributed.world_size(), cell.accumulation)
         return train_plain(science, DTYPES[cell.precision], cut), 0
     config = {"bf16": {"enabled": True}} if cell.precision == "bf16" else {}
-    run = new_run(science, cell.stage, cell.accumulation, cell.checkpointing, **config)
+    run = new_run(
+        science, cell.stage, cell.accumulation, cell.checkpointing, expert_parallel=cell.expert_parallel, **config
+    )
     losses, norms = take_steps(run, range(STEPS))
     own = sum(f.tensor.numel() for f in run.ema.fragments)
     return finish(run, losses, norms, range(STEPS)), own

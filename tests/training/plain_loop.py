@@ -18,6 +18,7 @@ from dsmoe.data.order import micro_batch
 from dsmoe.diffusion.objective import Objective
 from dsmoe.diffusion.schedules import make_schedule
 from dsmoe.models.dit import DiT
+from dsmoe.moe import MoE
 from dsmoe.ops import random
 from dsmoe.preprocess.memory import LatentBatch
 from dsmoe.runtime import distributed
@@ -91,7 +92,7 @@ def recipe(kind, scope, seed=3):
     )
 
 
-def new_model(science):
+def new_model(science, moe_cls=MoE):
     torch.manual_seed(science.train.seed)
     model = DiT(
         science.model,
@@ -100,6 +101,8 @@ def new_model(science):
         num_classes=CLASSES,
         learn_sigma=True,
         balance_scope=science.balance.scope,
+        selection_bias=science.balance.bias_rate > 0,
+        moe_cls=moe_cls,
     )
     for p in model.parameters():  # adaLN-Zero would leave most gradients at zero in so few steps
         p.data.add_(0.05 * torch.randn_like(p))

@@ -33,6 +33,7 @@ SETTINGS = {
     "persistent_sub_groups": {
         "zero_optimization": {**ZERO, "stage3_param_persistence_threshold": 500, "sub_group_size": 3000}
     },
+    "ep2": {"expert_parallel": 2},
     "bf16": {"bf16": {"enabled": True}},
     "bf16_accumulate_fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     "offload": {

@@ -1,7 +1,11 @@
 """The patches against DeepSpeed itself: a process group made by dsmoe.runtime, then an engine, and nothing compiled."""
 
+from types import SimpleNamespace
+
 import pytest
 from distributed_harness import assert_succeeded, launch
+
+from dsmoe.training.deepspeed_patches import skip_lone_reduction
 
 ENGINE = """
 import os
@@ -47,3 +51,18 @@ def test_an_engine_starts_on_our_process_group_and_compiles_nothing(tmp_path, wo
     results = launch([script], world_size, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(extensions)})
     assert_succeeded(results)
     assert not extensions.exists() or not list(extensions.iterdir())
+
+
+def test_the_reduction_of_one_rank_alone_is_found_under_these_names():
+    """That it trains as bare torch is held by test_layouts (stage 0) and the ds_configs' test_files (stage 1)."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert callable(DeepSpeedZeroOptimizer.buffered_reduce_fallback)
+    optimizer = SimpleNamespace(buffered_reduce_fallback=None)
+    engine = SimpleNamespace(enable_backward_allreduce=True, optimizer=optimizer, zero_optimization_stage=lambda: 1)
+    skip_lone_reduction(engine)
+    assert optimizer.buffered_reduce_fallback(None, [], "dtype", elements_per_buffer=1) is None
+    assert engine.enable_backward_allreduce, "stage 1 needs the call that flattens the gradients"
+    engine.zero_optimization_stage = lambda: 0
+    skip_lone_reduction(engine)
+    assert not engine.enable_backward_allreduce

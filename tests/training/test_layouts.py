@@ -29,6 +29,15 @@ CELLS = [
     ("gelu", "sample", None, 1, False, "fp64"),
 ]
 
+EXPERT_PARALLEL = [
+    # ..., seed, ranks a set of experts
+    ("moe", "sample", 0, 1, False, "fp32", 3, 2),
+    ("moe", "step", 1, 2, True, "fp32", 3, 2),
+    ("gelu", "sample", 2, 1, False, "fp32", 3, 2),
+    ("gelu", "sample", 3, 2, True, "fp32", 3, 2),
+    ("moe", "sample", 3, 1, False, "fp32", 3, 2),
+]
+
 # Design, invariance statement: losses, gradient norms, weights, averages, and the zero-gradient direction N x lr.
 BOUNDS = {
     "fp32": {"loss": 1e-6, "norm": 1e-5, "weights": 1e-5, "average": 1e-5, "key_bias": 6 * 3e-3},
@@ -39,10 +48,11 @@ BOUNDS = {
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_layout_trains_as_one_process(world):
-    results = launch([SCRIPT, json.dumps(CELLS)], world, timeout=240)
+    wanted = CELLS + EXPERT_PARALLEL * (world > 1)
+    results = launch([SCRIPT, json.dumps(wanted)], world, timeout=240)
     assert_succeeded(results)
     cells = [json.loads(line[5:]) for line in results[0].stdout.splitlines() if line.startswith("CELL ")]
-    assert [tuple(c["cell"][:6]) for c in cells] == CELLS
+    assert [tuple(c["cell"][: len(asked)]) for c, asked in zip(cells, wanted, strict=True)] == wanted
     for cell in cells:
         kind, _, stage, *_, precision = cell["cell"][:6]
         assert cell["forbidden"] == 0, f"a router chose otherwise where there was no tie: {cell}"

@@ -22,7 +22,7 @@ SCIENCE = [
     "optimizer.warmup_images=16", "optimizer.clip=1.0", "balance.scope=step", "ema.half_life_images=[20, 200]",
     "report.samples=2", "report.sample_steps=2", "report.log_every=24", "checkpoint.every=32", "checkpoint.keep=3",
 ]  # fmt: skip
-FIGURES = ("step", "images_seen", "loss", "mse", "vb", "balance", "grad_norm", "lr")
+FIGURES = ("step", "images_seen", "loss", "mse", "vb", "balance", "grad_norm", "lr", "load_entropy")
 
 
 def run(folder, tmp_path, *, stage=1, world=2, interrupt=("SIGTERM", 0, 0)):
@@ -83,9 +83,8 @@ def test_the_same_command_gives_the_unbroken_run_bit_by_bit(runs):
     assert "resumed at" in runs["resumed"][0].stderr
     assert "removed unfinished .tmp-000000064-of-the-dead" in runs["resumed"][0].stderr
     assert figures(runs["broken"]) == figures(runs["whole"])
-    # The load of an open log window is averaged over ranks when it is saved, so its mean rounds differently.
-    entropy = [[row["load_entropy"] for row in rows(runs[name])] for name in ("broken", "whole")]
-    assert entropy[0] == pytest.approx(entropy[1], rel=1e-6)
+    # Choices are counted in whole numbers, also those of a log window that was open when it was saved.
+    assert (runs["broken"] / "routing.jsonl").read_text() == (runs["whole"] / "routing.jsonl").read_text()
     for kind in ("model", "ema", "ema_200"):
         one, other = (load_file(runs[name] / "ckpt" / f"{kind}.safetensors") for name in ("broken", "whole"))
         assert one.keys() == other.keys()

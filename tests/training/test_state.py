@@ -20,6 +20,11 @@ TWO_RANKS = [
     ("3-to-3-offload", "zero3", "gelu", "sample", 3, 1, "offload"),
     ("zero0", "", "dense", "none", 0, 1, "fp32"),
     ("0-to-3", "zero0", "dense", "none", 3, 1, "fp32"),
+    ("experts-spread", "", "moe", "step", 3, 1, "ep2"),
+    ("spread-3-to-whole-1", "experts-spread", "moe", "step", 1, 2, "fp32"),
+    ("whole-2-to-spread-0", "zero2", "moe", "step", 0, 1, "ep2"),
+    ("whole-2-to-spread-1", "zero2", "moe", "step", 1, 1, "ep2"),
+    ("gelu-3-to-spread-2", "zero3", "gelu", "sample", 2, 1, "ep2"),
     # From here on F.linear is the one that ZeRO-3 puts in its place for the rest of a process: it rounds bf16
     # differently, which would be seen in a comparison with a stage that ran before.
     ("bf16-zero1", "", "moe", "sample", 1, 1, "bf16"),
@@ -31,6 +36,7 @@ ONE_RANK = [
     ("one-2-to-3", "zero2", "moe", "step", 3, 1, "persistent"),
     ("one-2-to-0", "zero2", "moe", "step", 0, 2, "fp32"),
     ("one-3-to-2", "zero3", "gelu", "sample", 2, 1, "fp32"),
+    ("one-from-spread-experts", "experts-spread", "moe", "step", 2, 1, "fp32"),
     ("one-0-to-1", "zero0", "dense", "none", 1, 1, "fp32"),
 ]
 

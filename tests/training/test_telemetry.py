@@ -11,6 +11,7 @@ from made_plan import made_plan, made_recipe
 from dsmoe.base.errors import TrainingFailure
 from dsmoe.base.run_folder import RunFolder
 from dsmoe.training import telemetry as module
+from dsmoe.training.routing_log import Routed
 from dsmoe.training.telemetry import (
     FIELDS,
     MEANS,
@@ -24,6 +25,7 @@ from dsmoe.training.telemetry import (
 
 # made_plan: 8 images a step, 20 steps, 2 ranks, 5e6 MACs an image; logged at step 1 and every 4 steps.
 BATCH, STEPS, WORLD, MACS = 8, 20, 2, 5_000_000
+CHOICES = 16 * 16 * 2  # 32 px in patches of 2, two experts a token
 RATE, PEAK = 1e9, 4e9
 
 
@@ -66,19 +68,30 @@ def clock(monkeypatch):
 def make(tmp_path, clock):
     """Telemetry on a fresh run folder."""
 
-    def build(plan=None, peak=None):
+    def build(plan=None, peak=None, **position):
         folder = RunFolder(tmp_path / "run")
         plan = plan or made_plan()
-        return Telemetry(plan, folder.create(plan), folder.path, FakeDevice(peak), torch.float32)
+        return Telemetry(plan, folder.create(plan), folder.path, FakeDevice(peak), torch.float32, **position)
 
     return build
 
 
+def routed(load):
+    """One image of every layer's load [L, E], in whole choices."""
+    load = torch.as_tensor(load, dtype=torch.float32)
+    return [Routed(load, load[None], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))]
+
+
 def report(step, ended, ranks=WORLD, load=None, **figures):
-    """Figures of one step; a list gives one value a rank."""
+    """Figures of one step; a list gives one value a rank. load [L, E] of the routers, even when left out."""
     values = dict.fromkeys(FIELDS, 0.0) | dict.fromkeys(MEANS, 0.5) | figures
     columns = [v if isinstance(v, list) else [v] * ranks for v in (values[name] for name in FIELDS)]
-    return StepReport(step, 1e-4 * (step + 1), ended, torch.tensor(columns).T.contiguous(), load)
+    return StepReport(
+        step, 1e-4 * (step + 1), ended, torch.tensor(columns).T.contiguous(), routed(EVEN if load is None else load)
+    )
+
+
+EVEN = [[0.25] * 4] * 2
 
 
 def rows(telemetry_folder):
@@ -136,54 +149,106 @@ def test_rows_hold_means_over_ranks_and_steps_and_the_last_rate(make, tmp_path):
     assert (row["vb"], row["grad_norm"], row["loss"], row["memory_bytes"]) == (0.25, 2.0, 0.5, 12345)
     assert row["lr"] == pytest.approx(4e-4)
     assert "mfu" not in row
-    assert "load_entropy" not in row, "a dense model has no routing"
 
 
-def numpy_entropy(load):
-    p = np.asarray(load, dtype=np.float64)
-    terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0)
-    return float((-terms.sum(1) / np.log(p.shape[1])).mean())
+def test_a_dense_model_has_no_routing(make, tmp_path):
+    dense = make(made_plan(made_recipe(model={"num_experts": 0, "shared_ratio": 0.0})))
+    given = report(0, 1001.0)
+    dense.push(StepReport(0, given.learning_rate, given.ended, given.figures))
+    dense.flush()
+    assert "load_entropy" not in rows(tmp_path)[0]
+    assert not (tmp_path / "run" / "routing.jsonl").exists()
+    assert dense.position()["routing"] is None
 
 
-def test_routing_figures_are_those_of_the_mean_load(make, tmp_path):
-    rng = np.random.default_rng(0)
-    loads = rng.dirichlet(np.full(4, 0.6), size=(4, 3)).astype(np.float32)  # steps, layers, experts
+def made_loads(steps, seed=0):
+    """Whole numbers of choices as shares [steps, 2, 4]; a little of every expert's load is somewhere."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(CHOICES, rng.dirichlet(np.full(4, 0.6), size=(steps, 2))) / CHOICES
+
+
+def test_routing_figures_are_those_of_the_windows_steps(make, tmp_path):
+    loads = made_loads(4)
     telemetry = make()
     for step, load in enumerate(loads):
-        telemetry.push(report(step, 1001.0 + step, load=torch.tensor(load)))
+        telemetry.push(report(step, 1001.0 + step, load=load))
     telemetry.flush()
-    first, second = rows(tmp_path)
-    assert first["load_entropy"] == pytest.approx(numpy_entropy(loads[0]), abs=1e-6)
-    mean = loads[1:].mean(0)
-    assert second["load_entropy"] == pytest.approx(numpy_entropy(mean), abs=1e-6)
-    assert second["load_max_over_mean"] == pytest.approx(float((mean * 4).max()), rel=1e-6)
+    maps = read_metrics(tmp_path / "run" / "routing.jsonl")
+    assert [(m["step"], m["images_seen"]) for m in maps] == [(r["step"], r["images_seen"]) for r in rows(tmp_path)]
+    for row, drawn, window in zip(rows(tmp_path), maps, (loads[:1], loads[1:]), strict=True):
+        mean = window.mean(0)
+        np.testing.assert_allclose(drawn["load"], mean, atol=0.5e-6)
+        logs = np.log(mean, out=np.zeros_like(mean), where=mean > 0)
+        entropy = -(mean * logs).sum(1) / np.log(4)
+        assert row["load_entropy"] == pytest.approx(entropy.mean(), abs=1e-12)
+        assert row["layer_entropy"] == pytest.approx(entropy, abs=0.5e-6)
+        assert row["load_max_over_mean"] == pytest.approx(mean.max() * 4, rel=1e-12)
+        assert row["layer_max_over_mean"] == pytest.approx(mean.max(1) * 4, abs=0.5e-4)
+        dead = [f"layer {layer} expert {expert}" for layer, expert in np.argwhere(mean < 0.05 / 4)]
+        assert (row["dead"], row["dead_experts"]) == (dead, len(dead))
 
 
-def test_even_load_has_entropy_1_and_a_single_choice_0(make, tmp_path):
-    telemetry = make()
-    telemetry.push(report(0, 1001.0, load=torch.full((2, 4), 0.25)))
-    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
-    for step in (1, 2, 3):
-        telemetry.push(report(step, 1001.0 + step, load=one))
+def test_an_open_window_goes_on_where_it_was_saved(make, tmp_path):
+    """Stopped after step 3 and 6 of windows that end at 1, 4 and 8; what came after the save is dropped."""
+    loads = made_loads(10, seed=1)
+
+    def push(telemetry, steps):
+        for step in steps:
+            telemetry.push(report(step, 1001.0 + step, load=loads[step]))
+
+    folder = tmp_path / "run"
+    whole = make()
+    push(whole, range(10))
+    whole.flush()
+    expected = [(folder / name).read_text() for name in ("metrics.jsonl", "routing.jsonl")]
+    for name in ("metrics.jsonl", "routing.jsonl"):
+        (folder / name).unlink()
+    position = None
+    for begin, saved, lost in ((0, 3, 5), (3, 6, 9)):
+        telemetry = make(resumed=position)
+        push(telemetry, range(begin, saved))
+        telemetry.settle()
+        position = json.loads(json.dumps(telemetry.position()))
+        push(telemetry, range(saved, lost))
+        telemetry.flush()
+    last = make(resumed=position)
+    push(last, range(6, 10))
+    last.flush()
+    got = [(folder / name).read_text() for name in ("metrics.jsonl", "routing.jsonl")]
+    assert got[1] == expected[1]
+    kept = [[{k: row[k] for k in row if k in ROUTING} for row in parse(text)] for text in (got[0], expected[0])]
+    assert kept[0] == kept[1]
+
+
+ROUTING = ("step", "loss", "load_entropy", "load_max_over_mean", "dead", "layer_entropy", "layer_max_over_mean")
+
+
+def parse(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_position_of_before_there_was_a_routing_log_still_resumes(make, tmp_path):
+    telemetry = make(resumed={"bytes": 0, "elapsed": 5.0, "window": 1.0, "rows": [], "load": None})
+    telemetry.push(report(8, 1010.0))
     telemetry.flush()
-    even, single = rows(tmp_path)
-    assert (even["load_entropy"], even["load_max_over_mean"], even["dead_experts"]) == (pytest.approx(1.0), 1.0, 0)
-    assert (single["load_entropy"], single["load_max_over_mean"]) == (pytest.approx(0.0, abs=1e-6), 4.0)
-    assert single["dead_experts"] == 6
+    assert [r["step"] for r in rows(tmp_path)] == [9]
 
 
-def test_dead_experts_are_named_by_layer(make, tmp_path, caplog):
-    load = torch.full((3, 4), 0.25)
-    load[1] = torch.tensor([0.6, 0.0, 0.4, 0.0])
-    load[2] = torch.tensor([0.5, 0.49749, 0.0024, 0.00011])  # dead: below a hundredth of an even share, 0.0025
+def test_an_expert_that_stays_dead_is_told_once_and_when_it_is_back(make, caplog):
+    """Logged after steps 1, 4, 8, 12, 16, 20; the first interval does not count."""
+    dead = [[0.25] * 4, [0.5, 0.0, 0.25, 0.25]]
     telemetry = make()
     with caplog.at_level(logging.INFO, logger="dsmoe.train"):
-        telemetry.push(report(0, 1001.0, load=load))
+        for step in range(20):
+            telemetry.push(report(step, 1001.0 + step, load=dead if step < 12 else EVEN))
         telemetry.flush()
-    (row,) = rows(tmp_path)
-    dead = ["layer 1 expert 1", "layer 1 expert 3", "layer 2 expert 2", "layer 2 expert 3"]
-    assert (row["dead_experts"], row["dead"]) == (4, dead)
-    assert f"DEAD {', '.join(dead)}" in caplog.text
+    told = [(r.levelname, r.getMessage()) for r in caplog.records if "layer" in r.getMessage()]
+    assert told == [
+        ("WARNING", "DEAD at 64 images, below 5 % of a fair share for 2 log intervals: layer 1 expert 1 (0.0%)"),
+        ("WARNING", "no longer dead at 128 images: layer 1 expert 1 (100.0%)"),
+    ]
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step")]
+    assert [line.endswith("dead experts 1") for line in lines] == [True] * 4 + [False] * 2
 
 
 def test_a_bad_figure_stops_before_its_row_and_names_rank_and_step(make, tmp_path):
@@ -227,9 +292,12 @@ def test_figures_reach_tensorboard_by_images_seen(make, tmp_path):
     telemetry.close()
     events = EventAccumulator(str(tmp_path / "run" / "tb"))
     events.Reload()
-    got = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in ("loss", "load_entropy")}
+    names = ("loss", "load_entropy", "layer_entropy/01", "layer_max_over_mean/00")
+    got = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
     assert got["loss"] == [(8, 0.0), (32, 2.0), (40, 4.0)]
-    assert [step for step, _ in got["load_entropy"]] == [8, 32, 40]
+    for name in names[1:]:
+        assert got[name] == [(8, 1.0), (32, 1.0), (40, 1.0)]
+    assert [e.step for e in events.Images("load/layers_by_experts")] == [8, 32, 40]
 
 
 def test_interval_shorter_than_a_batch_logs_every_step(make, tmp_path):
@@ -243,16 +311,17 @@ def test_interval_shorter_than_a_batch_logs_every_step(make, tmp_path):
 def test_gathering_alone_keeps_the_figures_and_the_time(clock):
     clock.now = 7.0
     figures = torch.arange(float(len(FIELDS)))
-    got = gather_report(3, 0.1, figures, None)
+    sent = routed(EVEN)
+    got = gather_report(3, 0.1, figures, sent)
     assert torch.equal(got.figures, figures[None])
-    assert (got.step, got.learning_rate, got.ended, got.load) == (3, 0.1, 7.0, None)
+    assert (got.step, got.learning_rate, got.ended, got.routed) == (3, 0.1, 7.0, sent)
 
 
 ROW = {
     "step": 40, "images_seen": 320, "loss": 1.23456, "grad_norm": 0.5, "lr": 3e-5, "images_per_second": 12.34,
     "matmul_fraction": 0.417, "data_share": 0.0123, "eta_seconds": 3725.9,
 }  # fmt: skip
-ROUTED = {"load_entropy": 0.98765, "balance": 1.0123, "dead": []}
+ROUTED = {"load_entropy": 0.98765, "balance": 1.0123, "dead_experts": 0}
 
 
 def test_console_line_holds_what_one_watches():
@@ -267,12 +336,11 @@ def test_console_line_holds_what_one_watches():
         "ETA 1:02:05",
     ):
         assert part in line
-    for absent in ("MFU", "balance", "DEAD"):
+    for absent in ("MFU", "balance", "dead"):
         assert absent not in line
     assert "balance 1.012 (load entropy 0.988)" in console_line({**ROW, **ROUTED}, 200)
     assert "MFU 31.2%" in console_line({**ROW, "mfu": 0.3123}, 200)
-    many = [f"layer 0 expert {e}" for e in range(9)]
-    assert console_line({**ROW, **ROUTED, "dead": many}, 200).endswith("DEAD " + ", ".join(many[:4]))
+    assert console_line({**ROW, **ROUTED, "dead_experts": 9}, 200).endswith("dead experts 9")
 
 
 def test_loss_plot_is_a_picture_for_dense_and_routed_runs(tmp_path):
