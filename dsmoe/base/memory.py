@@ -212,7 +212,7 @@ class _Rank:
         return self.resident and not self.alone and self.stage in (1, 2)
 
     def start(self) -> Parts:
-        """Stage 3 shards each module as it is made; the others make the whole fp32 model first, and 1, 2 copy it flat."""
+        """Stage 3 shards modules as they are made; the others make the whole fp32 model, and 1 and 2 copy it flat."""
         if self.stage == 3:
             drawn = FLOAT * self.largest_dense if self.resident else 0  # initial weights are drawn on the CPU
             return {"parameters": self.itemsize * self.m, "module being made": self.itemsize * self.module + drawn}

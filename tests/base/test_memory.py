@@ -124,7 +124,7 @@ def test_activations_are_the_blocks_and_the_rest():
 
 
 def test_whole_model_at_the_start_can_be_the_fullest_moment():
-    """Below stage 3 a rank makes the whole fp32 model: 66 GB for 16.5 B parameters, however many share it afterwards."""
+    """Below stage 3 a rank makes the whole fp32 model: 66 GB for 16.5 B parameters, however many share it later."""
     whole = shape("G/2-16E2A")
     found = rank_memory(whole, layout(2, 64))
     assert found.peak_phase == "start"
