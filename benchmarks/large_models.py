@@ -58,9 +58,9 @@ def main(argv: list[str]) -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for model in given.models:
-        expert_parallel = 2 if "E2A" in model else 1
         made = part(given.folder, {"model": model, "what": "make", "expert_parallel": 1})
-        read = part(given.folder, {"model": model, "what": "read", "expert_parallel": expert_parallel})
+        sizes = (1, 2) if "E2A" in model else (1,)
+        read = [part(given.folder, {"model": model, "what": "read", "expert_parallel": size}) for size in sizes]
         steps = [part(given.folder, {"model": model, "what": "train", "depth": depth}) for depth in given.depths]
         lines += report(made, read, steps)
     text = "\n".join(lines)
@@ -236,22 +236,24 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def report(made: dict, read_back: dict, steps: list[dict]) -> list[str]:
+def report(made: dict, read_back: list[dict], steps: list[dict]) -> list[str]:
     """What was found of one model, as markdown."""
     whole = 2 * made["parameters"]
-    same = max(abs(a - b) for a, b in zip(made["output"], read_back["output"], strict=True))
     scale = max(abs(a) for a in made["output"])
     lines = [
         f"## {made['model']}: {made['parameters']:,} parameters, {gib(whole)} in bf16",
         "",
-        f"Commits {', '.join(sorted({p['commit'] for p in (made, read_back, *steps)}))}.",
+        f"Commits {', '.join(sorted({p['commit'] for p in (made, *read_back, *steps)}))}.",
         "",
         "| full depth | peak of a process |",
         "|---|---|",
         f"| built in {made['built_seconds']:.0f} s, forward, exported ({gib(made['file_bytes'])} fp32) | "
         f"{gib(made['peak'])} = {made['peak'] / whole:.0%} of the bf16 model |",
-        f"| read back, expert-parallel {read_back['expert_parallel']}, forward again: largest difference "
-        f"{same:.2g} of outputs up to {scale:.2g} | {gib(read_back['peak'])} = {read_back['peak'] / whole:.0%} |",
+        *(
+            f"| read back, expert-parallel {r['expert_parallel']}, forward again: largest difference "
+            f"{difference(made, r):.2g} of outputs up to {scale:.2g} | {gib(r['peak'])} = {r['peak'] / whole:.0%} |"
+            for r in read_back
+        ),
         "",
         "| whole training steps at depth | parameters | peak of a process |",
         "|---|---|---|",
@@ -265,6 +267,11 @@ def report(made: dict, read_back: dict, steps: list[dict]) -> list[str]:
             f"{made['parameters']:,} | {gib(start + slope * depth)} |"
         )
     return [*lines, ""]
+
+
+def difference(one: dict, other: dict) -> float:
+    """Largest difference of outputs."""
+    return max(abs(a - b) for a, b in zip(one["output"], other["output"], strict=True))
 
 
 def full_depth(name: str) -> int:

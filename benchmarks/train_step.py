@@ -336,7 +336,8 @@ def circumstances(timed: list[dict]) -> str:
         f"thread a process. Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
         f"{deepspeed.__version__}, commit {', '.join(sorted({cell['commit'] for cell in timed}))}; load average "
         f"after the cells {min(loads):.1f} to {max(loads):.1f}. Median and quartiles of "
-        f"{min(turns)} to {max(turns)} turns of {BLOCK} steps a side, in the order ours, bare, bare, ours; ours / bare is taken turn by turn. "
+        f"{min(turns)} to {max(turns)} turns of {BLOCK} steps a side, in the order ours, bare, bare, ours; "
+        "ours / bare is taken turn by turn. "
         f"Both sides trained the same: their last losses differ by at most {max(differences):.1e}. "
         "Engine policy: `ds_configs/quickstart.json` at the stage stated."
     )
