@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -275,11 +276,13 @@ def first_step(launcher: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [*launcher, "--run", f"{folder}/run", f"data.size={CODEC_IMAGES}", "train.images=12800"]
         begun = time.perf_counter()
+        # A session of its own: deepspeed's launcher, told to stop, would leave its ranks running.
         with subprocess.Popen(
-            command, env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+            command, env=environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        ) as process:  # fmt: skip
             seconds = next((time.perf_counter() - begun for line in process.stdout if STEP_ONE.search(line)), None)
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
             rest = process.stdout.read()
         if seconds is None:
             sys.exit(f"{command} reached no step:\n{rest[-2000:]}")

@@ -52,7 +52,7 @@ def records(folder):
 
 def test_zero3_bf16_run_leaves_a_whole_run_folder_and_repeats_as_done(tmp_path):
     config = engine(
-        tmp_path, 3, {"activation_checkpointing": True},
+        tmp_path, 3, {"activation_checkpointing": True, "expert_parallel_size": 2},
         bf16={"enabled": True}, gradient_accumulation_steps=2,
     )  # fmt: skip
     science = ("data.resolution=32", "data.size=32", "train.images=160", "report.sample_every=80")

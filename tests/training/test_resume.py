@@ -27,7 +27,8 @@ FIGURES = ("step", "images_seen", "loss", "mse", "vb", "balance", "grad_norm", "
 
 def run(folder, tmp_path, *, stage=1, world=2, interrupt=("SIGTERM", 0, 0)):
     config = tmp_path / f"zero{stage}.json"
-    config.write_text(json.dumps({"dsmoe": {"about": "test"}, "zero_optimization": {"stage": stage}}))
+    block = {"about": "test", "expert_parallel_size": world}
+    config.write_text(json.dumps({"dsmoe": block, "zero_optimization": {"stage": stage}}))
     argv = [SCRIPT, *map(str, interrupt), "--deepspeed_config", config, "--run", folder, *SCIENCE]
     return launch(argv, world, timeout=150)
 
