@@ -28,7 +28,7 @@ help:
 	@echo "make env         make or renew the environment in $(VENV)"
 	@echo "make quickstart  train the small default recipe on this machine, then say where everything lies"
 	@echo "make test        all tests that this machine can run"
-	@echo "make test-full   what takes too long for every change: invariance, layout changes, 100 kills (about 35 minutes)"
+	@echo "make test-full   what takes too long for every change: invariance, layout changes, 100 kills, memory (about 50 minutes)"
 	@echo "make lint        style checks"
 	@echo "make clean       remove caches and build products (not runs, not the environment)"
 
@@ -62,6 +62,7 @@ test-full: env
 	$(PY) tests/full/invariance_fp64.py --write docs/invariance.md
 	$(PY) tests/full/bf16_statement.py --write docs/invariance.md
 	$(PY) tests/full/layout_change.py --write docs/layout_change.md
+	PYTHONPATH=. $(PY) benchmarks/memory.py --folder .test-full/memory --write docs/memory.md
 	PYTHONPATH=. $(PY) benchmarks/kill_and_resume.py --folder .test-full/kills --kills 100 --write .test-full/kills.md
 
 lint: env
