@@ -61,6 +61,7 @@ test-full: env
 	$(PY) tests/full/invariance_table.py --write docs/invariance.md
 	$(PY) tests/full/invariance_fp64.py --write docs/invariance.md
 	$(PY) tests/full/bf16_statement.py --write docs/invariance.md
+	$(PY) tests/full/expert_parallel.py --write docs/invariance.md
 	$(PY) tests/full/layout_change.py --write docs/layout_change.md
 	PYTHONPATH=. $(PY) benchmarks/memory.py --folder .test-full/memory --write docs/memory.md
 	PYTHONPATH=. $(PY) benchmarks/kill_and_resume.py --folder .test-full/kills --kills 100 --write .test-full/kills.md

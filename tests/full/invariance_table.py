@@ -24,7 +24,7 @@ A run is the same run on any layout, up to floating-point order: the design's in
 models (depth 2, dim 32; MoE: 4 experts of which 2), 20 AdamW steps of 8 images, clipping on. Every cell is compared
 with one bare torch process that sees the whole batch at once and shares the model class and the drawing by index with
 the code under test. Figures are the largest relative difference over the steps, or over the parameters. Each section is
-written by its script; `make test-full` runs them all. Expert parallelism above 1 is not in it.
+written by its script; `make test-full` runs them all.
 """
 TITLE = "1. Under DeepSpeed, fp32"
 

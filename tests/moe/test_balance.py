@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import MoE, balance
@@ -111,3 +112,27 @@ def test_a_biased_router_spreads_its_tokens_without_a_loss():
     assert MoE(ModelSpec(depth=1, dim=16, heads=1, num_experts=4)).state_dict().keys() == moe.state_dict().keys() - {
         "selection_bias"
     }
+
+
+@pytest.mark.parametrize("scope", ["sample", "step", "micro"])
+def test_loss_scale_recomputation_and_accumulation_reach_the_balance_loss(scope):
+    """Published layers add it to the gradient past the loss scale, which makes it 65,536 times too small under fp16."""
+    spec = ModelSpec(depth=1, dim=16, heads=1, num_experts=4, shared_ratio=1.0)
+    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1))
+
+    def gradients(coefficient, scale=1.0, recompute=False, parts=1):
+        torch.manual_seed(0)
+        moe = MoE(spec, balance_scope=scope)
+        moe.update_previous_load(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+        for part in x.chunk(parts):
+            y, stats = checkpoint(moe, part, use_reentrant=False) if recompute else moe(part)
+            loss = y.square().mean() + coefficient * stats.balance_loss + 0.1 * coefficient * stats.z_loss
+            (scale * loss / parts).backward()
+        return torch.cat([p.grad.flatten() / scale for p in moe.parameters()])
+
+    plain, without = gradients(0.5), gradients(0.0)
+    assert (plain - without).norm() > 1e-2 * without.norm(), "the balance loss hardly matters here"
+    assert torch.equal(gradients(0.5, scale=2.0**16), plain), "a power of two rounds nothing"
+    torch.testing.assert_close(gradients(0.5, recompute=True), plain, rtol=0, atol=0)
+    if scope != "micro":  # whose statistics are those of the micro-batch, by definition
+        torch.testing.assert_close(gradients(0.5, parts=2), plain, rtol=1e-4, atol=1e-6)
