@@ -3,31 +3,44 @@
 Shapes: B batch, T tokens, D dim, N tokens flattened, E experts, k choices, R = N*k rows in expert order (all
 rows of expert 0 first).
 
-Each op runs the best implementation for the device of its first argument (`implementations()` lists them);
-`dsmoe.ops.random` is apart, because random integers must be the same everywhere.
+Each op runs the best implementation for the device of its first argument (`implementations()` lists them), or the
+one that `prefer()` names; `dsmoe.ops.random` is apart, because random integers must be the same everywhere.
 """
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from dsmoe.ops.dispatch import Implementation, Op, use
+from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.ops import megatron
+from dsmoe.ops.dispatch import Implementation, Op, set_preferred, use
 from dsmoe.ops.reference import activation, grouped, modulation, routing, rows
 from dsmoe.ops.reference.routing import Routing
 
 __all__ = [
     "Routing",
     "add_expert_bias",
+    "check_preferences",
     "expert_act",
     "gather_rows",
     "grouped_mm",
     "implementations",
     "modulate",
+    "prefer",
     "route",
     "sum_rows",
     "use",
 ]
 
+# After the reference: on no machine the default. What serves where nothing is preferred stands first.
+_OTHERS = {
+    function.__name__: (Implementation("megatron", function, megatron.DEVICES, megatron.installed, megatron.load),)
+    for function in (megatron.gather_rows, megatron.sum_rows)
+}
 _OPS = {
-    function.__name__: Op(function.__name__, (Implementation("reference", function),))
+    function.__name__: Op(
+        function.__name__, (Implementation("reference", function), *_OTHERS.get(function.__name__, ()))
+    )
     for function in (
         routing.route,
         rows.gather_rows,
@@ -43,6 +56,26 @@ _OPS = {
 def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     """(op, implementation in use, all that serve the device) for each op, on "cpu", "cuda", ..."""
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
+
+
+def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:
+    """ConfigError with the choices for an unknown op, or an implementation that is not to be had on the device.
+
+    preferences: op -> name of an implementation, as `implementations()` lists them.
+    """
+    for op, name in preferences.items():
+        if op not in _OPS:
+            raise ConfigError(choose_from("op", op, _OPS))
+        _OPS[op].named(name, device_type).load()
+
+
+def prefer(preferences: Mapping[str, str], device_type: str) -> None:
+    """From now on in this process these implementations come before the default order, on devices that they serve.
+
+    Replaces what was preferred before; {} is the default order. Errors: see check_preferences.
+    """
+    check_preferences(preferences, device_type)
+    set_preferred(preferences)
 
 
 def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
