@@ -3,6 +3,7 @@
 Not here: decoding (image_folder), generated images (scenes), random choices (order) and batching (loader).
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,28 @@ class ImageDataset(Protocol):
 
     num_classes: int
     class_names: tuple[str, ...]
+    fingerprint: str  # see `fingerprint_of`
 
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> tuple[np.ndarray, int]:
         """(image uint8 [H, W, 3] at the run's resolution, label in 0..num_classes-1) of item 0 <= i < len."""
         ...
+
+
+def fingerprint_of(*parts: bytes | str | np.ndarray) -> str:
+    """Sixteen hex digits that name a data set's content: its kind, item names, sizes in bytes and labels.
+
+    The same on every machine: no absolute path, no time of change and no byte order goes in (arrays are hashed as
+    little-endian int64). A file whose bytes change at the same size is not noticed.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part, dtype="<i8").tobytes()
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dsmoe.base.errors import DataError
-from dsmoe.data.dataset import Fault
+from dsmoe.data.dataset import Fault, fingerprint_of
 from dsmoe.data.transforms import centre_crop_adm
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -49,6 +49,8 @@ class ImageFolder:
         self._names = b"".join(names)
         self._ends = np.cumsum([0] + [len(name) for name in names])
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(of_class) for of_class in files])
+        sizes = [(self.path / self.name(i)).stat().st_size for i in range(len(self._labels))]
+        self.fingerprint = fingerprint_of("image_folder", self._names, self._ends, np.array(sizes), self._labels)
         self._damaged: dict[int, str] = {}  # item -> reason, as far as this process knows
         self._undrained: list[Fault] = []
         self._faults: dict[int, Fault] = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.data.dataset import fingerprint_of
 from dsmoe.data.scenes import scene as _scene
 from dsmoe.data.scenes.catalogue import KINDS
 from dsmoe.data.scenes.render import Renderer
@@ -80,6 +81,11 @@ class Scenes:
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(kind.name for kind in KINDS)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names split, size and classes (`fingerprint_of`); resolution is not part of it."""
+        return fingerprint_of("scenes", self.split, str(self.size), *self.class_names)
 
     def __len__(self) -> int:
         return self.size
