@@ -59,7 +59,10 @@ class Cut(NamedTuple):
 
 @dataclass
 class State:
-    """Everything that a step changes, whole tensors by parameter name: what a checkpoint must hold."""
+    """Everything that a step changes, whole tensors by parameter name: what a checkpoint must hold.
+
+    previous_load, selection_bias: of every expert layer; no biases where the run balances by losses.
+    """
 
     master: dict[str, torch.Tensor]
     exp_avg: dict[str, torch.Tensor]
@@ -67,6 +70,7 @@ class State:
     averages: dict[str, dict[str, torch.Tensor]]
     optimizer_steps: int
     previous_load: list[torch.Tensor]
+    selection_bias: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -78,15 +82,16 @@ class Trained:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     averages: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     choices: Decisions | None = None
+    biases: list[torch.Tensor] = field(default_factory=list)
 
 
-def recipe(kind, scope, seed=3):
+def recipe(kind, scope, seed=3, bias_rate=0.0):
     return recipe_from_dict(
         {
             "name": "cell",
             "model": SPECS[kind],
             "optimizer": {"lr": 3e-3, "clip": 0.5, "weight_decay": 0.01, "warmup_images": 16},
-            "balance": {"scope": scope, "coefficient": 0.05, "z_coefficient": 0.001},
+            "balance": {"scope": scope, "coefficient": 0.05, "z_coefficient": 0.001, "bias_rate": bias_rate},
             "train": {"images": STEPS * GLOBAL, "global_batch": GLOBAL, "seed": seed},
         }
     )
@@ -164,7 +169,14 @@ def train_plain(science, dtype=torch.float32, cut=None, steps=None, start=None):
     found.weights = {n: w.detach() for n, w in zip(names, weights, strict=True)}
     found.averages = {kind: dict(zip(names, tensors, strict=True)) for kind, tensors in averages.items()}
     found.choices = choices.decisions(samples(steps), shared=cut.world > 1)
+    found.biases = [bias.clone() for bias in selection_biases(model)]
     return found
+
+
+def selection_biases(model):
+    """Of every expert layer that has one; the buffers themselves."""
+    moes = [block.moe for block in model.blocks if block.is_moe]
+    return [moe.selection_bias for moe in moes if moe.selection_bias is not None]
 
 
 def _global_loss(science, model, choices, cut, step, dtype):
@@ -186,10 +198,23 @@ def _global_loss(science, model, choices, cut, step, dtype):
             load = stats.load.double() / cut.accumulation + (0 if load is None else load)
         (loss / cut.accumulation).backward()
         total += loss.detach().double() / cut.accumulation
-    if load is not None and balance.scope == "step":
+    if load is not None:
         for block, of_layer in zip(model.blocks, _mean(load, cut), strict=True):
-            block.moe.update_previous_load(of_layer)
+            if balance.scope == "step":
+                block.moe.update_previous_load(of_layer)
+            if balance.bias_rate:
+                _move_bias(block.moe.selection_bias, of_layer, balance.bias_rate)
     return _mean(total, cut).item()
+
+
+def _move_bias(bias, load, rate):
+    """Wang et al. 2024, algorithm 1, one expert at a time. Loads are multiples of 1/(choices of a step)."""
+    choices = GLOBAL * (SIDE // 2) ** 2 * 2
+    counts = [round(share * choices) for share in load.tolist()]
+    assert sum(counts) == choices, counts
+    for expert, count in enumerate(counts):
+        if count * len(counts) != choices:
+            bias[expert] += rate if count * len(counts) < choices else -rate
 
 
 def _mean(tensor, cut):
@@ -206,3 +231,5 @@ def _restore(start, names, weights, optimizer, averages, model):
     moes = [block.moe for block in model.blocks if block.is_moe]
     for moe, load in zip(moes, start.previous_load, strict=True):
         moe.update_previous_load(load)
+    for bias, started in zip(selection_biases(model), start.selection_bias, strict=True):
+        bias.copy_(started)
