@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     decisions, flips = (sum(row[name] for row in rows) for name in ("decisions", "flips"))
     summary = (
         f"{len(LAYOUTS)} layouts, {len(LOW)} more in bf16 and {PAIRS} moves, {len(bad)} with a fault; {decisions:,} "
-        f"top-k choices\ncompared in fp32, {flips} flips. bf16: {ratio:.2f} times the distance of the bare loop in bf16 "
+        f"top-k choices\ncompared in fp32, {flips} flips. bf16: {ratio:.2f} times the distance of the bare bf16 loop "
         f"from the one in fp32,\nmean over the layouts; allowed {LIMIT:g}."
     )
     tables = injected_table(wide), low_table(narrow), pairs_table(pairs, before, after)
