@@ -3,8 +3,8 @@
     python tests/full/expert_parallel.py [--results DIR] [--write docs/invariance.md]
 
 4 processes x {1, 2, 4 ranks a set of experts} x {ZeRO 0-3} x {SwiGLU with a shared expert, GELU with biases and
-renormalised gates} x {plain, recomputation, accumulation of 2, selection bias, offloaded optimizer (ZeRO 1-3, which have
-it)}, 20 steps in fp32, AdamW, clipping on, against one plain torch process (tests/training/layout_cells.py).
+renormalised gates} x {plain, recomputation, accumulation of 2, selection bias, optimizer offloaded (ZeRO 1-3 alone
+can)}, 20 steps in fp32, AdamW, clipping on, against one plain torch process (tests/training/layout_cells.py).
 Started again it goes on where it was. Exit code 1 when a cell is outside the design's invariance statement.
 """
 

@@ -5,6 +5,7 @@ compared with the fp32 run, every other with the run of its own precision. After
 are not comparable any more: those figures are null.
 """
 
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,7 @@ class Cell(NamedTuple):
     kind: of plain_loop.SPECS. stage: of ZeRO, or None for the bare loop itself, data parallel without an engine.
     precision: of plain_loop.DTYPES; the engine takes fp32 and bf16. expert_parallel: ranks a set of experts.
     bias_rate: of the selection bias. offload: the optimizer's state and step on the CPU, as DeepSpeed offloads it.
+    skip: a step in which the last rank's gradient is infinite (ZeRO 1-3, which look).
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Cell(NamedTuple):
     expert_parallel: int = 1
     bias_rate: float = 0.0
     offload: bool = False
+    skip: int | None = None
 
 
 class _Plan:
@@ -146,7 +149,8 @@ def take_steps(run, steps):
         report = take_step(run.training, step)
         run.ema.update()
         losses.append(report.figures[:, 0].mean().item())
-        norms.append(report.figures[0, 6].item())
+        if run.engine.stepped:
+            norms.append(report.figures[0, 6].item())
     return losses, norms
 
 
@@ -178,9 +182,22 @@ def train_cell(science, cell):
     run = new_run(
         science, cell.stage, cell.accumulation, cell.checkpointing, expert_parallel=cell.expert_parallel, **config
     )
+    if cell.skip is not None:
+        overflow(run.engine.model, cell.skip, cell.accumulation)
     losses, norms = take_steps(run, range(STEPS))
     own = sum(f.tensor.numel() for f in run.ema.fragments)
     return finish(run, losses, norms, range(STEPS)), own
+
+
+def overflow(model, step, accumulation):
+    """Make this rank's gradients infinite in the last micro-batch of that step, if it is the last rank."""
+    calls = itertools.count(1)
+
+    def look(module, inputs, output):
+        if next(calls) == (step + 1) * accumulation and distributed.rank() == distributed.world_size() - 1:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    model.final_layer.register_forward_hook(look)
 
 
 def without_key_bias(name, tensor):
@@ -242,7 +259,7 @@ def main():
     for cell in cells:
         key = reference_key(cell)
         if key not in references:
-            references[key] = train_plain(science_of(cell), DTYPES[key[-1]])
+            references[key] = train_plain(science_of(cell), DTYPES[key[-1]], skip=cell.skip)
     for cell in cells:
         science, truth = science_of(cell), references[reference_key(cell)]
         found, own = train_cell(science, cell)
@@ -265,7 +282,8 @@ def science_of(cell):
 
 
 def reference_key(cell):
-    return cell.kind, cell.scope, cell.seed, cell.bias_rate, "fp64" if cell.precision == "fp64" else "fp32"
+    precision = "fp64" if cell.precision == "fp64" else "fp32"
+    return cell.kind, cell.scope, cell.seed, cell.bias_rate, cell.skip, precision
 
 
 if __name__ == "__main__":
