@@ -17,7 +17,7 @@ class Decisions(NamedTuple):
     """S consecutive samples from `first`, L routers, T tokens a sample, k choices a token.
 
     chosen: int64 [S, L, T, k], ascending (the order of equal choices changes nothing). gap: float64 [S, L, T], the
-    k-th less the (k+1)-th probability.
+    k-th less the (k+1)-th probability, selection bias included.
     """
 
     first: int
@@ -34,7 +34,7 @@ class Choices:
     def __init__(self, model: torch.nn.Module) -> None:
         gates = [block.moe.gate for block in model.blocks if block.is_moe]
         for layer, gate in enumerate(gates):
-            gate.register_forward_hook(lambda _, inputs, routing, layer=layer: self._see(layer, routing))
+            gate.register_forward_hook(lambda _, inputs, routing, layer=layer: self._see(layer, routing, inputs[1]))
         self._layers = len(gates)
         self._index: list[int] = []
         self._seen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -43,9 +43,10 @@ class Choices:
         """The samples int64 [B] of the next forward pass."""
         self._index = index.tolist()
 
-    def _see(self, layer: int, routing: NamedTuple) -> None:
+    def _see(self, layer: int, routing: NamedTuple, bias: torch.Tensor | None) -> None:
         k = routing.indices.shape[1]
-        falling = routing.probs.detach().double().sort(dim=-1, descending=True).values
+        scores = routing.probs.detach().double() + (0 if bias is None else bias)
+        falling = scores.sort(dim=-1, descending=True).values
         chosen = routing.indices.sort(dim=-1).values.unflatten(0, (len(self._index), -1))
         gap = (falling[:, k - 1] - falling[:, k]).unflatten(0, (len(self._index), -1))
         for row, sample in enumerate(self._index):

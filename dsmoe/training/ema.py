@@ -10,7 +10,7 @@ from dsmoe.training.engine import Engine, Fragment
 
 
 class Ema:
-    """ema <- decay * ema + (1 - decay) * weights, fp32, once per optimizer step; starts as a copy.
+    """ema <- decay * ema + (1 - decay) * weights, fp32, once per optimizer step made; starts as a copy.
 
     decays: by name, the run's own `ema` among them (recipe's EmaSpec.step_decays). averages: this rank's fragments.
     Design decision 8: bf16 storage would lose updates at 0.9999, so only fp32 masters are averaged.
@@ -30,7 +30,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of the step just made into the averages."""
+        """Take the weights of the step just made into the averages; nothing where it was skipped (fp16 overflow)."""
+        if not self._engine.stepped:
+            return
         # The views are asked for anew: offload and ZeRO-3 may hand out other storage after a step.
         weights = [f.tensor for f in self._engine.fragments()]
         if weights:

@@ -95,8 +95,15 @@ class Engine:
     def _clip(self) -> None:
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.engine.gradient_clipping(), self._norm)
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the last `step` moved the weights: not within accumulation, nor where the gradient overflowed."""
+        return self.engine.was_step_applied()
+
     def gradient_norm(self) -> float:
-        """Global L2 norm of the last step's averaged gradient, before clipping."""
+        """Global L2 norm of the last step's averaged gradient, before clipping; nan for a step that was skipped."""
+        if not self.stepped:
+            return math.nan  # DeepSpeed still shows the one before
         norm = self._norm if self._own_norm else self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 

@@ -89,7 +89,7 @@ def take_step(run: Training, step: int) -> StepReport:
     figures[6] = run.engine.gradient_norm()
     if run.checkpoints is not None:
         figures[8:] = torch.tensor(run.checkpoints.figures())
-    if load is not None:
+    if load is not None and run.engine.stepped:
         _balance(run, load)
     return gather_report(step, rate, figures, routed)
 

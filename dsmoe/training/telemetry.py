@@ -4,6 +4,7 @@ Where the routers sent the images is counted in routing_log.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -141,6 +142,10 @@ class Telemetry:
         now = last["ended"]
         seconds, steps = now - self._since, len(self._rows)
         figures = {name: sum(r[name] for r in self._rows) / steps for name in MEANS}
+        norms = [r["grad_norm"] for r in self._rows if not math.isnan(r["grad_norm"])]
+        figures["grad_norm"] = sum(norms) / len(norms) if norms else None  # JSON has no nan
+        if self._plan.engine.precision == "fp16":
+            figures["skipped_steps"] = steps - len(norms)
         seen = last["step"] * recipe.train.global_batch
         rate = steps * recipe.train.global_batch / seconds
         flops = 6 * self._plan.model.macs * rate / self._plan.engine.world_size
@@ -189,7 +194,7 @@ def console_line(record: dict[str, object], steps: int) -> str:
     parts = [
         f"step {record['step']}/{steps}",
         f"loss {record['loss']:.4f}",
-        f"grad {record['grad_norm']:.3f}",
+        "every step skipped" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
         f"{record['images_per_second']:.1f} images/s",
         f"matmul {record['matmul_fraction']:.0%}",

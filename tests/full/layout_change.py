@@ -46,7 +46,8 @@ HEAD = """
 # Layout changes
 
 What a checkpoint of any layout is worth in any other. Tiny MoE (depth 2, dim 32, 4 SwiGLU experts of which 2, a shared
-one, balance scope `step`), fp32, 8 images a step, clipping on, two averages (decays 0.9 and 0.5).
+one, balance scope `step`), fp32, 8 images a step, clipping on, two averages (decays 0.9 and 0.5); sections 3 and 4 say
+where they differ.
 """
 
 

@@ -19,21 +19,25 @@ DIM, EXPERTS = 16, 8
 KINDS = {
     "swiglu": ModelSpec(depth=1, dim=DIM, heads=1, num_experts=EXPERTS, shared_ratio=2.0),
     "gelu": ModelSpec(depth=1, dim=DIM, heads=1, num_experts=EXPERTS, expert_kind="gelu", renormalize=True),
+    "top-1": ModelSpec(depth=1, dim=DIM, heads=1, num_experts=EXPERTS, top_k=1, shared_ratio=2.0),
 }
 # name: (images of each rank, tokens of an image, experts that the router is drawn to)
 CASES = {
     "even": ((2, 2, 2, 2), 6, ()),
     "unequal, one rank without tokens": ((3, 0, 1, 5), 4, ()),
     "one-token sequences": ((1, 2, 1, 4), 1, ()),
-    "all tokens to one pair of experts": ((2, 1, 3, 2), 5, (2, 3)),
+    "all tokens to one expert, or one pair": ((2, 1, 3, 2), 5, (2, 3)),
     "some experts without tokens anywhere": ((2, 2, 2, 2), 5, (0, 3, 5)),
+    "one token in all": ((0, 0, 1, 0), 1, ()),
+    "no token in all": ((0, 0, 0, 0), 4, ()),
 }
 
 
 def draw_to(layer, experts):
-    """Make a token with a positive first feature choose among these experts only."""
+    """Make a token with a positive first feature choose among the first k of these experts, or all if they are more."""
+    k = layer.gate.top_k
     with torch.no_grad():
-        for expert in experts:
+        for expert in experts[:k] if len(experts) == 2 else experts:
             layer.gate.weight[expert, 0] += 50
 
 
@@ -55,7 +59,11 @@ def outcome(layer, x, weight, recompute):
 
 
 def case(spec, images, tokens, drawn, groups, recompute):
-    """Largest differences from the oracle over output, input gradient and parameter gradients."""
+    """Largest difference from the oracle over output, input gradient and parameter gradients; what of interest was met.
+
+    The latter: experts without tokens here but not everywhere, experts without any, whether this rank has no tokens,
+    whether its experts have none.
+    """
     from dsmoe.moe.deepspeed_layer import ExpertParallelMoE
 
     torch.manual_seed(0)
@@ -81,7 +89,20 @@ def case(spec, images, tokens, drawn, groups, recompute):
         else:
             found = distributed.all_reduce_(found, "sum")
         differences.append(found - expected)
-    return max((d.abs().max().item() for d in differences if d.numel()), default=0.0)
+    worst = max((d.abs().max().item() for d in differences if d.numel()), default=0.0)
+    return worst, met(layer, parts[rank], whole)
+
+
+def met(layer, mine, whole):
+    """See `case`."""
+    here, everywhere = (layer.gate(x.reshape(-1, DIM)).counts for x in (mine, whole))
+    held = layer.experts.held
+    return {
+        "idle here": int(((here == 0) & (everywhere > 0)).sum()),
+        "idle everywhere": int((everywhere == 0).sum()),
+        "no tokens": not mine.numel(),
+        "nothing arrives": not everywhere[held.start : held.stop].sum().item(),
+    }
 
 
 def main():
@@ -94,8 +115,8 @@ def main():
         for kind, spec in KINDS.items():
             for name, (images, tokens, drawn) in CASES.items():
                 for recompute in (False, True):
-                    worst = case(spec, images, tokens, drawn, groups, recompute)
-                    print("CASE", json.dumps([size, kind, name, recompute, worst]), flush=True)
+                    worst, seen = case(spec, images, tokens, drawn, groups, recompute)
+                    print("CASE", json.dumps([size, kind, name, recompute, seen, worst]), flush=True)
     distributed.shutdown()
 
 

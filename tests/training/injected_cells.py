@@ -1,9 +1,11 @@
 """Run by every rank: injects one made-up state into many layouts, and moves runs from one layout to another.
 
 injected_cells.py FOLDER CELLS, CELLS the JSON of a list of `Move`s; one JSON line a cell on rank 0. Everything is
-compared with a bare torch loop (plain_loop) that starts from the same state, or from the beginning.
+compared with a bare torch loop (plain_loop) that starts from the same state, or from the beginning: in fp32, and a bf16
+layout also with that loop in bf16.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -14,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 from layout_cells import Run, compare, finish, new_run, take_steps
-from plain_loop import DECAYS, GLOBAL, STEPS, State, Trained, new_model, recipe, train_plain
+from plain_loop import DECAYS, DTYPES, GLOBAL, STEPS, State, Trained, new_model, recipe, train_plain
 from router_choices import Decisions
 from state_cells import begin, differing, saver_in, settings, write_lease
 
+from dsmoe.base.recipe import Recipe
 from dsmoe.checkpoint.choice import newest_whole
 from dsmoe.checkpoint.manifest import Piece
 from dsmoe.checkpoint.store import Store
@@ -27,17 +30,18 @@ from dsmoe.runtime.device import Device
 from dsmoe.training import state
 from dsmoe.training.deepspeed_patches import skip_shm_op
 
-KIND, SCOPE = "moe", "step"
 HALF = STEPS // 2
 INJECTED, INJECTED_STEPS = "injected", 137
 BEFORE, AFTER, CONTINUED = range(HALF), range(HALF, STEPS), range(HALF, HALF + STEPS)
+STEPS_OF = {"inject": CONTINUED, "first": BEFORE, "second": AFTER}
 
 
 class Move(NamedTuple):
-    """A layout, and what happens in it.
+    """A layout, what happens in it, and to which run.
 
     what: "inject" loads the made-up state, saves it again, and trains STEPS steps; "first" trains HALF steps from the
     beginning and saves FOLDER/name; "second" loads FOLDER/source, saves it again, and trains the other half.
+    setting: of state_cells. expert_parallel: ranks a set of experts. kind, scope, seed, bias_rate: of the recipe.
     """
 
     what: str
@@ -46,6 +50,24 @@ class Move(NamedTuple):
     stage: int
     accumulation: int
     setting: str
+    expert_parallel: int = 1
+    kind: str = "moe"
+    scope: str = "step"
+    seed: int = 3
+    bias_rate: float = 0.0
+
+    @property
+    def science(self) -> Recipe:
+        return recipe(self.kind, self.scope, self.seed, self.bias_rate)
+
+    @property
+    def injected(self) -> str:
+        """Where the made-up state of this run's model lies."""
+        return f"{INJECTED}-{self.kind}-{self.seed}-{self.bias_rate:g}"
+
+    @property
+    def low_precision(self) -> bool:
+        return self.setting.startswith("bf16")
 
 
 def made_up(science) -> State:
@@ -63,12 +85,19 @@ def made_up(science) -> State:
     exp_avg_sq = {name: 1e-6 * (0.5 + draw("exp_avg_sq", name, torch.rand)) for name in shapes}
     generator = torch.Generator().manual_seed(5)
     loads = torch.rand(science.model.depth, science.model.num_experts, generator=generator).softmax(-1)
-    return State(master, exp_avg, exp_avg_sq, averages, INJECTED_STEPS, list(loads))
+    biases = 0.01 * torch.randn(loads.shape, generator=generator)
+    steered = list(biases) if science.balance.bias_rate else []
+    return State(master, exp_avg, exp_avg_sq, averages, INJECTED_STEPS, list(loads), steered)
 
 
 def tensors_by_kind(made: State) -> dict[str, dict[str, torch.Tensor]]:
     """As a checkpoint names them."""
     return {"master": made.master, "exp_avg": made.exp_avg, "exp_avg_sq": made.exp_avg_sq, **made.averages}
+
+
+def buffers(made: State) -> dict[str, list[float]]:
+    """The selection biases as a checkpoint holds them."""
+    return {f"blocks.{layer}.moe.selection_bias": bias.tolist() for layer, bias in enumerate(made.selection_bias)}
 
 
 @distributed.on_main
@@ -85,6 +114,7 @@ def write_injected(root: Path, made: State) -> None:
         "optimizer_steps": made.optimizer_steps,
         "loss_scaler": {},
         "previous_load": [load.tolist() for load in made.previous_load],
+        "buffers": buffers(made),
     }
     store.commit(temporary, HALF, 1, plain)
 
@@ -104,6 +134,8 @@ def other_bits(reader, made: State) -> list[str]:
         bad.append("optimizer_steps")
     if reader.state["previous_load"] != [load.tolist() for load in made.previous_load]:
         bad.append("previous_load")
+    if reader.state["buffers"] != buffers(made):
+        bad.append("selection_bias")
     return bad
 
 
@@ -122,24 +154,40 @@ def later(truth: Trained, steps: int) -> Trained:
     """An unbroken run without its first steps."""
     images = steps * GLOBAL
     chosen = Decisions(truth.choices.first + images, truth.choices.chosen[images:], truth.choices.gap[images:])
-    return Trained(truth.losses[steps:], truth.norms[steps:], truth.weights, truth.averages, chosen)
+    return Trained(truth.losses[steps:], truth.norms[steps:], truth.weights, truth.averages, chosen, truth.biases)
 
 
-def play(folder: Path, science, made: State, truths: dict[str, Trained], move: Move) -> dict:
-    """One cell: differences of the curve from the bare loop, and names of states that lost bits."""
-    steps = {"inject": CONTINUED, "first": BEFORE, "second": AFTER}[move.what]
-    run = new_run(science, move.stage, move.accumulation, False, steps=steps, **settings(move.setting, move.stage))
+def play(folder: Path, move: Move, truth: Trained, plain: Trained | None) -> dict:
+    """One cell: differences of the curve from the bare loop, and names of states that lost bits.
+
+    plain: of a bf16 layout the bare loop in bf16, whose own distance from the truth is `plain_rms`.
+    """
+    steps = STEPS_OF[move.what]
+    config = {"expert_parallel": move.expert_parallel} | settings(move.setting, move.stage)
+    run = new_run(move.science, move.stage, move.accumulation, False, steps=steps, **config)
     bad = []
     if move.what != "first":
-        reader = newest_whole(Store(folder / (move.source or INJECTED)))
+        reader = newest_whole(Store(folder / (move.source or move.injected)))
         state.load(run.engine, run.ema, reader)
         again = save(folder / f"{move.name}-again", run)
-        bad = differing(reader, again) if move.source else other_bits(again, made)
+        bad = differing(reader, again) if move.source else other_bits(again, made_up(move.science))
         bad += [key for key in state.plain_state(run.engine) if reader.state[key] != again.state[key]]
     losses, norms = take_steps(run, steps)
     if move.what == "first":
         save(folder / move.name, run)
-    return compare(finish(run, losses, norms, steps), truths[move.what]) | {"bad": sorted(set(bad))}
+    figures = compare(finish(run, losses, norms, steps), truth)
+    return figures | {"bad": sorted(set(bad)), "plain_rms": compare(plain, truth)["rms"] if plain else None}
+
+
+@functools.cache
+def bare(what: str, kind: str, scope: str, seed: int, bias_rate: float, precision: str) -> Trained:
+    """What the bare loop makes of a run, in the steps that `what` takes."""
+    science, dtype = recipe(kind, scope, seed, bias_rate), DTYPES[precision]
+    if what == "inject":
+        return train_plain(science, dtype, steps=CONTINUED, start=made_up(science))
+    if what == "first":
+        return train_plain(science, dtype, steps=BEFORE)
+    return later(train_plain(science, dtype), HALF)
 
 
 def main():
@@ -148,18 +196,15 @@ def main():
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     write_lease(folder)
-    science = recipe(KIND, SCOPE)
-    made = made_up(science)
-    write_injected(folder / INJECTED, made)
+    moves = [Move(*values) for values in json.loads(sys.argv[2])]
+    for place, science in {move.injected: move.science for move in moves if move.what == "inject"}.items():
+        write_injected(folder / place, made_up(science))
     distributed.barrier()
-    # Before the first engine: ZeRO-3 puts its own F.linear in place for the rest of the process.
-    truths = {
-        "inject": train_plain(science, steps=CONTINUED, start=made),
-        "first": train_plain(science, steps=BEFORE),
-        "second": later(train_plain(science), HALF),
-    }
-    for move in (Move(*values) for values in json.loads(sys.argv[2])):
-        line = play(folder, science, made, truths, move)
+    # All before the first engine: ZeRO-3 puts its own F.linear in place for the rest of the process.
+    truths = [bare(move.what, *move[-4:], "fp32") for move in moves]
+    plains = [bare(move.what, *move[-4:], "bf16") if move.low_precision else None for move in moves]
+    for move, truth, plain in zip(moves, truths, plains, strict=True):
+        line = play(folder, move, truth, plain)
         if distributed.is_main():
             print("CELL " + json.dumps({"cell": move, **line}), flush=True)
     distributed.shutdown()

@@ -5,6 +5,7 @@ compared with the fp32 run, every other with the run of its own precision. After
 are not comparable any more: those figures are null.
 """
 
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from plain_loop import (
     objective,
     recipe,
     samples,
+    selection_biases,
     task,
     train_plain,
 )
@@ -45,6 +47,8 @@ class Cell(NamedTuple):
 
     kind: of plain_loop.SPECS. stage: of ZeRO, or None for the bare loop itself, data parallel without an engine.
     precision: of plain_loop.DTYPES; the engine takes fp32 and bf16. expert_parallel: ranks a set of experts.
+    bias_rate: of the selection bias. offload: the optimizer's state and step on the CPU, as DeepSpeed offloads it.
+    skip: a step in which the last rank's gradient is infinite (ZeRO 1-3, which look).
     """
 
     kind: str
@@ -55,6 +59,9 @@ class Cell(NamedTuple):
     precision: str = "fp32"
     seed: int = 3
     expert_parallel: int = 1
+    bias_rate: float = 0.0
+    offload: bool = False
+    skip: int | None = None
 
 
 class _Plan:
@@ -89,12 +96,7 @@ def new_run(science, stage, accumulation, checkpointing, steps=None, expert_para
         "train_micro_batch_size_per_gpu": GLOBAL // cut.world // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": science.optimizer.clip,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": 20000,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": 20000,
-        },
+        "zero_optimization": zero(stage),
         "steps_per_print": 10**9,
         **config,
     }
@@ -116,6 +118,12 @@ def new_run(science, stage, accumulation, checkpointing, steps=None, expert_para
         device=torch.device("cpu"),
     )
     return Run(training, choices)
+
+
+def zero(stage, **more):
+    """DeepSpeed's block of that stage, with buffers small enough for tiny models to need several."""
+    sizes = {"reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20000}
+    return {"stage": stage, **sizes, **more}
 
 
 def spread_model(science, expert_parallel):
@@ -141,7 +149,8 @@ def take_steps(run, steps):
         report = take_step(run.training, step)
         run.ema.update()
         losses.append(report.figures[:, 0].mean().item())
-        norms.append(report.figures[0, 6].item())
+        if run.engine.stepped:
+            norms.append(report.figures[0, 6].item())
     return losses, norms
 
 
@@ -155,7 +164,8 @@ def whole_state(run):
 def finish(run, losses, norms, steps):
     """What a run that took exactly `steps` leaves behind; its engine ends."""
     choices = run.choices.decisions(samples(steps), shared=distributed.world_size() > 1)
-    found = Trained(losses, norms, *whole_state(run), choices)
+    biases = [bias.clone() for bias in selection_biases(run.engine.model)]
+    found = Trained(losses, norms, *whole_state(run), choices, biases)
     run.engine.engine.destroy()
     return found
 
@@ -166,12 +176,28 @@ def train_cell(science, cell):
         cut = Cut(distributed.rank(), distributed.world_size(), cell.accumulation)
         return train_plain(science, DTYPES[cell.precision], cut), 0
     config = {"bf16": {"enabled": True}} if cell.precision == "bf16" else {}
+    if cell.offload:
+        config["zero_optimization"] = zero(cell.stage, offload_optimizer={"device": "cpu"})
+        config["zero_force_ds_cpu_optimizer"] = False
     run = new_run(
         science, cell.stage, cell.accumulation, cell.checkpointing, expert_parallel=cell.expert_parallel, **config
     )
+    if cell.skip is not None:
+        overflow(run.engine.model, cell.skip, cell.accumulation)
     losses, norms = take_steps(run, range(STEPS))
     own = sum(f.tensor.numel() for f in run.ema.fragments)
     return finish(run, losses, norms, range(STEPS)), own
+
+
+def overflow(model, step, accumulation):
+    """Make this rank's gradients infinite in the last micro-batch of that step, if it is the last rank."""
+    calls = itertools.count(1)
+
+    def look(module, inputs, output):
+        if next(calls) == (step + 1) * accumulation and distributed.rank() == distributed.world_size() - 1:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    model.final_layer.register_forward_hook(look)
 
 
 def without_key_bias(name, tensor):
@@ -188,7 +214,7 @@ def without_key_bias(name, tensor):
 def largest(values):
     """The largest; infinity when one is not a number, which `max` would pass over."""
     values = list(values)
-    return math.inf if any(math.isnan(v) for v in values) else max(values)
+    return math.inf if any(math.isnan(v) for v in values) else max(values, default=0.0)
 
 
 def relative(found, truth):
@@ -214,11 +240,13 @@ def compare(found, truth):
         "weights": None,
         "average": None,
         "key_bias": None,
+        "bias": None,
     }
     if not chosen["flips"]:
         averages = [relative(found.averages[kind], truth.averages[kind]) for kind in DECAYS]
         figures |= {"weights": relative(found.weights, truth.weights), "average": largest(averages)}
         figures["key_bias"] = key_bias(found.weights, truth.weights)
+        figures["bias"] = largest((a - b).abs().max().item() for a, b in zip(found.biases, truth.biases, strict=True))
     return figures | chosen
 
 
@@ -231,15 +259,16 @@ def main():
     for cell in cells:
         key = reference_key(cell)
         if key not in references:
-            references[key] = train_plain(recipe(cell.kind, cell.scope, cell.seed), DTYPES[key[-1]])
+            references[key] = train_plain(science_of(cell), DTYPES[key[-1]], skip=cell.skip)
     for cell in cells:
-        science, truth = recipe(cell.kind, cell.scope, cell.seed), references[reference_key(cell)]
+        science, truth = science_of(cell), references[reference_key(cell)]
         found, own = train_cell(science, cell)
         initial = {n: p.detach() for n, p in new_model(science).named_parameters()}
         line = compare(found, truth) | {
             "cell": cell,
             "moved": relative(truth.averages["ema"], initial),
             "clipped": sum(n > science.optimizer.clip for n in truth.norms),
+            "steered": largest(bias.abs().max().item() for bias in truth.biases),
             "own": own,
             "all": sum(p.numel() for p in initial.values()),
         }
@@ -248,8 +277,13 @@ def main():
     distributed.shutdown()
 
 
+def science_of(cell):
+    return recipe(cell.kind, cell.scope, cell.seed, cell.bias_rate)
+
+
 def reference_key(cell):
-    return cell.kind, cell.scope, cell.seed, "fp64" if cell.precision == "fp64" else "fp32"
+    precision = "fp64" if cell.precision == "fp64" else "fp32"
+    return cell.kind, cell.scope, cell.seed, cell.bias_rate, cell.skip, precision
 
 
 if __name__ == "__main__":

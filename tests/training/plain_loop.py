@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from router_choices import Choices, Decisions
 
+from dsmoe.base.presets import ModelSpec
 from dsmoe.base.recipe import recipe_from_dict
 from dsmoe.codec.protocol import Posterior
 from dsmoe.data.order import micro_batch
@@ -40,6 +41,8 @@ SPECS = {
         "expert_kind": "gelu",
         "renormalize": True,
     },
+    # Every token goes to the first expert (new_model), so that most have none, on all ranks and through all steps.
+    "lone": {"depth": 2, "dim": 32, "heads": 2, "patch": 2, "num_experts": 4, "top_k": 1, "shared_ratio": 2.0},
 }
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
@@ -59,7 +62,10 @@ class Cut(NamedTuple):
 
 @dataclass
 class State:
-    """Everything that a step changes, whole tensors by parameter name: what a checkpoint must hold."""
+    """Everything that a step changes, whole tensors by parameter name: what a checkpoint must hold.
+
+    previous_load, selection_bias: of every expert layer; no biases where the run balances by losses.
+    """
 
     master: dict[str, torch.Tensor]
     exp_avg: dict[str, torch.Tensor]
@@ -67,6 +73,7 @@ class State:
     averages: dict[str, dict[str, torch.Tensor]]
     optimizer_steps: int
     previous_load: list[torch.Tensor]
+    selection_bias: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -78,15 +85,16 @@ class Trained:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     averages: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     choices: Decisions | None = None
+    biases: list[torch.Tensor] = field(default_factory=list)
 
 
-def recipe(kind, scope, seed=3):
+def recipe(kind, scope, seed=3, bias_rate=0.0):
     return recipe_from_dict(
         {
             "name": "cell",
             "model": SPECS[kind],
             "optimizer": {"lr": 3e-3, "clip": 0.5, "weight_decay": 0.01, "warmup_images": 16},
-            "balance": {"scope": scope, "coefficient": 0.05, "z_coefficient": 0.001},
+            "balance": {"scope": scope, "coefficient": 0.05, "z_coefficient": 0.001, "bias_rate": bias_rate},
             "train": {"images": STEPS * GLOBAL, "global_batch": GLOBAL, "seed": seed},
         }
     )
@@ -106,6 +114,9 @@ def new_model(science, moe_cls=MoE):
     )
     for p in model.parameters():  # adaLN-Zero would leave most gradients at zero in so few steps
         p.data.add_(0.05 * torch.randn_like(p))
+    if science.model == ModelSpec(**SPECS["lone"]):
+        for bias in selection_biases(model):
+            bias[0] = 2.0  # above every probability, for as long as a test trains
     return model
 
 
@@ -132,10 +143,11 @@ def samples(steps):
     return range(steps.start * GLOBAL, steps.stop * GLOBAL)
 
 
-def train_plain(science, dtype=torch.float32, cut=None, steps=None, start=None):
+def train_plain(science, dtype=torch.float32, cut=None, steps=None, start=None, skip=None):
     """Train `steps` from `start` (a State; without one from the beginning) with weights stored as `dtype`.
 
-    Master weights, gradients after their averaging, moments and averages are fp64 for fp64, else fp32.
+    Master weights, gradients after their averaging, moments and averages are fp64 for fp64, else fp32. The step `skip`
+    changes nothing and has no gradient norm, as where a loss scaler finds an overflow.
     """
     cut, steps = cut or Cut(), steps or range(STEPS)
     model = new_model(science).to(dtype)
@@ -152,9 +164,11 @@ def train_plain(science, dtype=torch.float32, cut=None, steps=None, start=None):
     for step in steps:
         for p, w in zip(stored, weights, strict=True):
             p.data.copy_(w.detach())
-        found.losses.append(_global_loss(science, model, choices, cut, step, dtype))
+        found.losses.append(_global_loss(science, model, choices, cut, step, dtype, step != skip))
         for p, w in zip(stored, weights, strict=True):
             w.grad, p.grad = _mean(p.grad.to(wide), cut), None
+        if step == skip:
+            continue
         found.norms.append(torch.nn.utils.clip_grad_norm_(weights, spec.clip).item())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(spec, step * GLOBAL, science.train.images)
@@ -164,11 +178,19 @@ def train_plain(science, dtype=torch.float32, cut=None, steps=None, start=None):
     found.weights = {n: w.detach() for n, w in zip(names, weights, strict=True)}
     found.averages = {kind: dict(zip(names, tensors, strict=True)) for kind, tensors in averages.items()}
     found.choices = choices.decisions(samples(steps), shared=cut.world > 1)
+    found.biases = [bias.clone() for bias in selection_biases(model)]
     return found
 
 
-def _global_loss(science, model, choices, cut, step, dtype):
-    """Forward and backward of a rank's part of a global batch; the loss of the whole of it."""
+def selection_biases(model):
+    """Of every expert layer that has one; the buffers themselves."""
+    moes = [block.moe for block in model.blocks if block.is_moe]
+    return [moe.selection_bias for moe in moes if moe.selection_bias is not None]
+
+
+def _global_loss(science, model, choices, cut, step, dtype, balances):
+    """Forward and backward of a rank's part of a global batch; the loss of the whole of it. Then the routers' memory
+    of the load moves, if `balances`."""
     balance, seed, loss_of = science.balance, science.train.seed, objective()
     total, load = torch.zeros((), dtype=torch.float64), None
     for index in cut.indices(step):
@@ -186,10 +208,23 @@ def _global_loss(science, model, choices, cut, step, dtype):
             load = stats.load.double() / cut.accumulation + (0 if load is None else load)
         (loss / cut.accumulation).backward()
         total += loss.detach().double() / cut.accumulation
-    if load is not None and balance.scope == "step":
+    if load is not None and balances:
         for block, of_layer in zip(model.blocks, _mean(load, cut), strict=True):
-            block.moe.update_previous_load(of_layer)
+            if balance.scope == "step":
+                block.moe.update_previous_load(of_layer)
+            if balance.bias_rate:
+                slots = GLOBAL * model.tokens * model.spec.top_k
+                _move_bias(block.moe.selection_bias, of_layer, slots, balance.bias_rate)
     return _mean(total, cut).item()
+
+
+def _move_bias(bias, load, slots, rate):
+    """Wang et al. 2024, algorithm 1, one expert at a time; load [E]: shares of the step's `slots` choices."""
+    counts = [round(share * slots) for share in load.tolist()]
+    assert sum(counts) == slots, counts
+    for expert, count in enumerate(counts):
+        if count * len(counts) != slots:
+            bias[expert] += rate if count * len(counts) < slots else -rate
 
 
 def _mean(tensor, cut):
@@ -206,3 +241,5 @@ def _restore(start, names, weights, optimizer, averages, model):
     moes = [block.moe for block in model.blocks if block.is_moe]
     for moe, load in zip(moes, start.previous_load, strict=True):
         moe.update_previous_load(load)
+    for bias, started in zip(selection_biases(model), start.selection_bias, strict=True):
+        bias.copy_(started)

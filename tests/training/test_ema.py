@@ -13,6 +13,7 @@ class _Engine:
 
     def __init__(self):
         self.weights = [torch.tensor([1.0, -2.0]), torch.tensor([4.0])]
+        self.stepped = True
 
     def fragments(self):
         one, two = (w.clone() for w in self.weights)
@@ -43,3 +44,14 @@ def test_a_rank_that_owns_nothing_keeps_nothing():
     ema = Ema(engine, DECAYS)
     ema.update()
     assert ema.averages == {"ema": [], "ema_0.5": []}
+
+
+def test_a_step_that_was_skipped_moves_no_average():
+    engine = _Engine()
+    ema = Ema(engine, DECAYS)
+    engine.weights, engine.stepped = [w + 1 for w in engine.weights], False
+    ema.update()
+    assert [f.tensor.tolist() for f in ema.averages["ema"]] == [[1.0, -2.0], [4.0]]
+    engine.stepped = True
+    ema.update()
+    assert ema.averages["ema"][1].tensor.item() > 4

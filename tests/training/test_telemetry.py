@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ EVEN = [[0.25] * 4] * 2
 
 def rows(telemetry_folder):
     return read_metrics(telemetry_folder / "run" / "metrics.jsonl")
+
+
+def test_steps_that_fp16_skipped_have_no_norm_and_are_counted(make, tmp_path):
+    """JSON has no nan: a reader other than Python's would refuse the file."""
+    telemetry = make(made_plan(precision="fp16"))
+    for step, norm in enumerate((math.nan, math.nan, 2.0, 4.0)):
+        telemetry.push(report(step, 1001.0 + step, grad_norm=norm, bad_gradient=float(math.isnan(norm))))
+    telemetry.flush()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert [(r["grad_norm"], r["skipped_steps"]) for r in rows(tmp_path)] == [(None, 1), (3.0, 1)]
+    assert "every step skipped" in console_line(rows(tmp_path)[0], STEPS)
+    assert "grad 3.000" in console_line(rows(tmp_path)[1], STEPS)
 
 
 def test_reports_are_read_one_step_late_and_all_of_them(make, tmp_path):
