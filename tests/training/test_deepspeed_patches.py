@@ -131,7 +131,8 @@ def test_fp32_weights_lie_in_memory_once_and_stage_3_steps_on_its_gradient_buffe
     for cell in cells:
         assert set(cell["shared"]) == {cell["precision"] == "fp32"}, cell
         assert cell["linked"], f"DeepSpeed's views are of other memory than the masters: {cell}"
-        assert cell["in_place"] and all(cell["in_place"]), f"gradients were copied to join them: {cell}"
+        assert cell["in_place"]
+        assert all(cell["in_place"]), f"gradients were copied to join them: {cell}"
 
 
 def test_tensors_in_a_row_are_joined_without_a_copy_and_others_with_one():
