@@ -1,7 +1,10 @@
 """What does the system cost beside a bare torch loop? Time and memory of a training step, import and start-up time.
 
-    python benchmarks/train_step.py [--models nano-8E2A nano] [--batches 16 64] [--worlds 1 2] [--precision fp32]
-        [--results DIR] [--write benchmarks/results/NAME]
+    python benchmarks/train_step.py [--models nano-8E2A@64 a1@256] [--batches 16 64] [--worlds 1 2] [--stages 0 1 2 3]
+        [--precision fp32] [--turns N] [--block N] [--memory] [--starts] [--results DIR] [--write benchmarks/results/NAME]
+
+A model is a preset at a picture size: nano-8E2A@64 is the quick start's, 16 tokens an image, so that parameters cost as
+much as arithmetic; a1@256 is the paper's smallest as it is trained, 256 tokens an image.
 
 Ours is the launcher's own run of the quick start with everything on: DeepSpeed engine, EMA, clipping, gradient watch,
 metrics.jsonl and TensorBoard (a record every 5 steps), checkpoint figures. The bare loop has the same model, data by
@@ -29,21 +32,22 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = 5  # steps in a turn; ours logs one record in each
-CODEC_IMAGES = 256
+CODEC_IMAGES = 64
 STARTS = 5
 STEP_ONE = re.compile(r"\bstep 1/")
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["nano-8E2A", "nano"], help="presets to time")
-    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64], help="images a step")
+    parser.add_argument("--models", nargs="+", default=["nano-8E2A@64", "a1@256"], help="PRESET@PIXELS to time")
+    parser.add_argument("--batches", nargs="+", type=int, default=[16], help="images a step")
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2], help="processes")
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3], help="ZeRO stages")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 leaves stage 0 out")
-    parser.add_argument("--memory-model", default="S/2", help="preset whose memory by stage is measured")
-    parser.add_argument("--turns", type=int, default=20, help="turns of each side in a cell")
+    parser.add_argument("--turns", type=int, default=20, help="turns of each side in a cell; 0 times nothing")
+    parser.add_argument("--block", type=int, default=5, help="steps in a turn; ours logs one record in each")
+    parser.add_argument("--memory", nargs="*", metavar="MODEL", help="peak memory by stage (default S/2@64, batch 16)")
+    parser.add_argument("--starts", action="store_true", help="time imports and starts of the launcher")
     parser.add_argument("--results", type=Path, default=ROOT / ".test-full/train_step", help="where cells are kept")
     parser.add_argument("--write", type=Path, help="also write NAME.json and NAME.md")
     parser.add_argument("--cell", help="one cell as JSON: what every rank of a start runs")
@@ -52,16 +56,19 @@ def main(argv: list[str]) -> int:
         return run_cell(json.loads(given.cell))
     given.results.mkdir(parents=True, exist_ok=True)
     stages = [s for s in given.stages if s or given.precision == "fp32"]
-    shared = {"precision": given.precision, "turns": given.turns}
-    for world, model, batch, stage in itertools.product(given.worlds, given.models, given.batches, stages):
+    shared = {"precision": given.precision, "turns": given.turns, "block": given.block}
+    timed = itertools.product(given.worlds, given.models, given.batches, stages) if given.turns else ()
+    for world, model, batch, stage in timed:
         keep(given.results, {"world": world, "model": model, "batch": batch, "stage": stage, **shared})
-    for world, stage in itertools.product(given.worlds, stages):
-        memory_of = {"world": world, "model": given.memory_model, "batch": 16, "stage": stage}
-        keep(given.results, {**memory_of, **shared, "turns": 0})
-    starts = start_times(given.results)
+    models = [] if given.memory is None else given.memory or ["S/2@64"]
+    for world, model, stage in itertools.product(given.worlds, models, stages):
+        keep(given.results, {"world": world, "model": model, "batch": 16, "stage": stage, **shared, "turns": 0})
+    starts = start_times(given.results, measure=given.starts)
     cells = [json.loads(file.read_text()) for file in given.results.glob("cell-*.json")]
     cells.sort(key=lambda c: (c["world"], c["model"], c["batch"], c["stage"]))
     timed, memory = [c for c in cells if c["turns"]], [c for c in cells if not c["turns"]]
+    if not timed:
+        return 0
     text = report(timed, memory, starts)
     print(text)
     if given.write:
@@ -127,12 +134,13 @@ def command_line(cell: dict, folder: Path) -> list[str]:
     if cell["precision"] == "bf16":
         content["bf16"] = {"enabled": True}
     config.write_text(json.dumps(content))
-    batch = cell["batch"]
+    preset, _, pixels = cell["model"].partition("@")
+    batch, block = cell["batch"], cell["block"]
     return [
-        "--deepspeed_config", str(config), "--run", str(folder / "run"), f"model.preset={cell['model']}",
-        f"data.size={CODEC_IMAGES}", f"train.global_batch={batch}",
-        f"train.images={(cell['turns'] + 2) * BLOCK * batch}",
-        f"report.log_every={BLOCK * batch}", "report.sample_every=0", "checkpoint.every=0",
+        "--deepspeed_config", str(config), "--run", str(folder / "run"), f"model.preset={preset}",
+        f"data.resolution={pixels}", f"data.size={CODEC_IMAGES}", f"train.global_batch={batch}",
+        f"train.images={(cell['turns'] + 2) * block * batch}",
+        f"report.log_every={block * batch}", "report.sample_every=0", "checkpoint.every=0",
         "optimizer.warmup_images=16", "ema={decay: 0.9999}",
     ]  # fmt: skip
 
@@ -153,10 +161,10 @@ def take_turns(run: object, cell: dict) -> dict:
     def turn(side: str) -> float:
         device.synchronize()
         begun = time.perf_counter()
-        for _ in range(BLOCK):
+        for _ in range(cell["block"]):
             sides[side](next(steps[side]))
         device.synchronize()
-        return (time.perf_counter() - begun) / BLOCK
+        return (time.perf_counter() - begun) / cell["block"]
 
     for side in ("ours", "bare") if bare else ("ours",):  # the first steps allocate
         turn(side)
@@ -169,6 +177,7 @@ def take_turns(run: object, cell: dict) -> dict:
     run.telemetry.settle()
     peak = distributed.all_reduce_(torch.tensor(float(device.max_memory_bytes()), dtype=torch.float64), "max")
     found = {"peak_bytes": int(peak), "planned_bytes": sum(run.plan.memory.values()), "device": device.name}
+    found["tokens"] = run.engine.model.tokens
     if bare is not None:
         mine = sum(rank["loss"] for rank in run.telemetry.heard) / len(run.telemetry.heard)
         found |= {"seconds": seconds, "last_loss": {"ours": mine, "bare": bare.last_loss()}}
@@ -236,7 +245,7 @@ class BareLoop:
         return distributed.all_reduce_(self._loss, "mean").item()
 
 
-def start_times(results: Path) -> dict[str, list[float]]:
+def start_times(results: Path, measure: bool) -> dict[str, list[float]]:
     """Seconds from the start of a process: imports, and the launcher until it reports its first step. Kept as cells."""
     pretrain = [str(ROOT / "launchers/pretrain.py"), "--deepspeed_config", str(ROOT / "ds_configs/quickstart.json")]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
@@ -248,11 +257,12 @@ def start_times(results: Path) -> dict[str, list[float]]:
         "deepspeed launcher, 2 ranks, until step 1": lambda: first_step([*deepspeed, *pretrain]),
     }
     found = {}
-    for number, (name, measure) in enumerate(measures.items()):
+    for number, (name, seconds) in enumerate(measures.items()):
         file = results / f"start-{number}.json"
-        if not file.exists():
-            file.write_text(json.dumps([measure() for _ in range(STARTS)]))
-        found[name] = json.loads(file.read_text())
+        if measure and not file.exists():
+            file.write_text(json.dumps([seconds() for _ in range(STARTS)]))
+        if file.exists():
+            found[name] = json.loads(file.read_text())
     return found
 
 
@@ -305,15 +315,14 @@ def report(timed: list[dict], memory: list[dict], starts: dict) -> str:
     """Markdown: circumstances, the paired table, memory, starts."""
     lines = [f"# A training step against bare torch, {date.today()}", "", circumstances(timed), ""]
     lines += [
-        "| processes | model | batch | ZeRO | ours, ms a step | bare, ms a step | ours / bare |",
-        "|---|---|---|---|---|---|---|",
+        "| processes | model | tokens an image | batch | ZeRO | ours, ms a step | bare, ms a step | ours / bare |",
+        "|" + "---|" * 8,
     ]
     for cell in timed:
         columns = [spread(cell["seconds"][side], 1000, 1) for side in ("ours", "bare")]
         columns.append(spread(ratios(cell), 1, 3))
-        lines.append(
-            f"| {cell['world']} | {cell['model']} | {cell['batch']} | {cell['stage']} | {' | '.join(columns)} |"
-        )
+        what = [cell[name] for name in ("world", "model", "tokens", "batch", "stage")]
+        lines.append(f"| {' | '.join(map(str, what))} | {' | '.join(columns)} |")
     lines += [
         "",
         "| processes | model | ZeRO | peak memory of a process, MiB | by the plan's arithmetic, without libraries |",
@@ -332,14 +341,14 @@ def circumstances(timed: list[dict]) -> str:
     """What the figures were made with."""
     import deepspeed
 
-    loads, turns = ([cell[name] for cell in timed] for name in ("load", "turns"))
+    loads, turns, blocks = ([cell[name] for cell in timed] for name in ("load", "turns", "block"))
     differences = [abs(cell["last_loss"]["ours"] / cell["last_loss"]["bare"] - 1) for cell in timed]
     return (
         f"{timed[0]['device']}, {os.cpu_count()} cores, {timed[0]['precision']}, {environment()['OMP_NUM_THREADS']} "
         f"thread a process. Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
         f"{deepspeed.__version__}, commit {', '.join(sorted({cell['commit'] for cell in timed}))}; load average "
         f"after the cells {min(loads):.1f} to {max(loads):.1f}. Median and quartiles of "
-        f"{min(turns)} to {max(turns)} turns of {BLOCK} steps a side, in the order ours, bare, bare, ours; "
+        f"{min(turns)} to {max(turns)} turns of {min(blocks)} to {max(blocks)} steps a side, in the order ours, bare, bare, ours; "
         "ours / bare is taken turn by turn. "
         f"Both sides trained the same: their last losses differ by at most {max(differences):.1e}. "
         "Engine policy: `ds_configs/quickstart.json` at the stage stated."

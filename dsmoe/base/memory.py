@@ -225,8 +225,8 @@ class _Rank:
         sharded = self.stage == 3
         weights = size * (self.m if sharded else self.n)
         optimizer = {
-            # Stage 0 trains the weights themselves; every other stage keeps an fp32 copy of its shard, in fp32 too.
-            "master weights": 0 if self.stage == 0 else FLOAT * self.m,
+            # Stage 0 trains the weights themselves, as training.engine lets the other stages do in fp32.
+            "master weights": 0 if self.stage == 0 or (size == FLOAT and not offload) else FLOAT * self.m,
             "moments": 2 * FLOAT * self.m,
             "averages": self.layout.averages * FLOAT * self.m,
         }
@@ -288,18 +288,16 @@ class _Rank:
         return _sum({"gradients": whole + shard, "temporaries": self._offload_norm()}, self._reducing())
 
     def optimizer_step(self) -> Parts:
-        """The shard's gradients are joined and cast to fp32; their norm is taken in fp64, a tensor at a time."""
+        """Stages 1 and 2 join the shard's gradients, in fp32 where they are not; stage 3 steps on their buffer."""
         if self.stage == 0:
             return {"gradients": FLOAT * self.n}
         if self.layout.offload_optimizer:
             return {}
+        low = self.itemsize < FLOAT
         if self.stage == 3:
             part = min(self.m, self.layout.buckets.sub_group + self.largest // self.layout.world_size)
-            joined = part * (FLOAT if self.itemsize == FLOAT else FLOAT + self.itemsize)
-            return {"gradients in fp32": max(joined, DOUBLE * -(-self.largest // self.layout.world_size))}
-        joined = self.m * (self.itemsize + (FLOAT if self.itemsize < FLOAT else 0))
-        norm = DOUBLE * min(self.largest, self.m)
-        return {"gradients": self.itemsize * self.m, "gradients in fp32": max(joined, norm)}
+            return {"gradients in fp32": FLOAT * part if low else 0}
+        return {"gradients": self.itemsize * self.m, "gradients in fp32": self.m * (self.itemsize + FLOAT * low)}
 
     def _working_gradient(self) -> int:
         """A tensor's gradient lives until it is copied into the bucket; one larger than that, until the next comes."""
@@ -318,7 +316,7 @@ class _Rank:
         bucket = self.itemsize * self._filled(self.layout.buckets.reduce)
         gloo = bucket if self.resident and not self.alone and self.stage == 3 else 0
         if self.stage == 3:  # the bucket's gradients are put together by destination
-            return {"buckets": bucket, GLOO: gloo}
+            return {"buckets": 0 if self.alone else bucket, GLOO: gloo}
         parts = 1 + int(self.layout.buckets.overlap)
         # A bucket that spans two ranks' shards is joined into a copy.
         return {"buckets": bucket * (parts + int(not self.alone))}

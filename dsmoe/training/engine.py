@@ -18,7 +18,8 @@ from dsmoe.base.plan import Plan
 from dsmoe.moe.block import MoE
 from dsmoe.moe.experts import global_place
 from dsmoe.runtime import distributed
-from dsmoe.training.deepspeed_patches import skip_lone_reduction
+from dsmoe.training import deepspeed_patches as patches
+from dsmoe.training.gradient_norm import l2_norm
 
 MASTER = "master"
 
@@ -61,7 +62,11 @@ class Engine:
             # DeepSpeed would take the norm again, and wrongly where ranks hold different experts.
             self.engine.clip_fp32_gradients = self._clip
         if distributed.world_size() == 1:
-            skip_lone_reduction(self.engine)
+            patches.skip_lone_reduction(self.engine)
+        if self.stage:
+            patches.share_fp32_weights(self.engine)
+            patches.take_norms_quickly(self.engine)
+            patches.flatten_without_copy(self.engine)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -163,11 +168,11 @@ def _gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """L2 norm of the whole model's averaged gradient, the experts of other ranks included."""
     with_gradient = [p for p in parameters if p.grad is not None]
     experts = [p for p in with_gradient if hasattr(p, "expert_group")]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if not hasattr(p, "expert_group")])
+    norm = l2_norm(p.grad for p in with_gradient if not hasattr(p, "expert_group"))
     if not experts:
-        return norm
-    squares = torch.nn.utils.get_total_norm([p.grad for p in experts]).square()
-    return (norm.square() + distributed.all_reduce_(squares, "sum", experts[0].expert_group)).sqrt()
+        return norm.float()
+    squares = l2_norm(p.grad for p in experts).square()
+    return (norm.square() + distributed.all_reduce_(squares, "sum", experts[0].expert_group)).sqrt().float()
 
 
 def _whole(engine: object, parameter: torch.nn.Parameter) -> _Place:

@@ -88,12 +88,16 @@ def test_experts_are_divided_and_their_optimizer_is_spread_over_the_ranks_that_s
     assert found["moments"] == pytest.approx(8 * (dense / 8 + (routed / 4) / 2), abs=8)
 
 
-def test_fp32_keeps_a_master_copy_in_every_stage_but_0():
-    """stage_1_and_2.py and stage3.py clone the shard whatever the precision."""
+def test_only_low_precision_and_offload_keep_a_master_copy():
+    """training.deepspeed_patches.share_fp32_weights; tests/training/test_memory.py counts the tensors."""
+    count = shape("nano").count.trained
     for stage in range(4):
-        found = rank_memory(shape("nano"), layout(stage, 2, "fp32")).phases["optimizer step"]
-        count = shape("nano").count.trained
-        assert found["master weights"] == (4 * -(-count // 2) if stage else 0)
+        found = rank_memory(shape("nano"), layout(stage, 2, "fp32"))
+        assert found.kept["master weights"] == 0
+        if stage:
+            assert rank_memory(shape("nano"), layout(stage, 2)).kept["master weights"] == 4 * -(-count // 2)
+            offloaded = rank_memory(shape("nano"), layout(stage, 2, "fp32", offload_optimizer=True))
+            assert offloaded.host["master weights"] == 4 * -(-count // 2)
 
 
 def test_offload_moves_the_optimizer_to_the_host():
