@@ -244,7 +244,7 @@ CONTRADICTIONS = [
     override("resolution the scenes do not have", "data.resolution=1024", says=("resolution 1024", "from 32 to 512")),
     override("more scenes than there are", "data.size=9000000000", says=("size 9000000000", "leave it out")),
     override("scenes with a path", "data.path=/photos", says=("data.path is '/photos'", "data.path=null")),
-    override("images without a path", "data.source=image_folder", says=("data.path is missing", "data.path=FOLDER")),
+    override("images without a path", "data.source=image_folder", says=("data.path is missing", "data.path=PATH")),
     override(
         "images with a size", "data.source=image_folder", "data.path=x", says=("data.size is 64", "data.size=null")
     ),

@@ -101,6 +101,8 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         size=recipe.data.size,
         split="train",
         max_bad_fraction=recipe.data.max_bad_fraction,
+        label_map=recipe.data.label_map,
+        index_folder=recipe.data.index_folder,
     )
     model = _model_facts(recipe, codec, dataset)
     if recipe.codec.cache == "memory":
