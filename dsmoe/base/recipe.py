@@ -312,6 +312,12 @@ def load_recipe(name_or_file: str = DEFAULT_RECIPE, overrides: list[str] | None 
         raise ConfigError(f"recipe file {name_or_file!r} does not exist; give an existing .yaml file or a name.")
     tree = read_yaml(path)
     tree.setdefault("name", path.stem)
+    paths = [text for text in overrides or [] if text.startswith("data.path=")]
+    if len(paths) > 1:
+        raise ConfigError(
+            f"data.path is given {len(paths)} times, {paths[0]!r} first; give it once, and a range {{0000..1023}} in "
+            "quotes, or the shell takes it apart."
+        )
     for text in overrides or []:
         key, found, value = text.partition("=")
         if not found or not key:

@@ -116,9 +116,9 @@ class EncodedImages:
             return None
         content = b""
         try:
+            content = self.content(item)
             if self.index.arrays["labels"][item] == NO_LABEL:
                 raise DamagedItem("no label")
-            content = self.content(item)
             return centre_crop_adm(_to_rgb(content), self.resolution)
         except (MemoryError, DataError):
             raise

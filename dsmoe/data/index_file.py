@@ -81,7 +81,7 @@ def _writable(places: Sequence[Path], folder: str | None) -> Path:
                 return place
         except OSError as error:
             reason = f"{place.parent}: {error.strerror}"
-    given = "another data.index_dir" if folder else "data.index_dir=FOLDER"
+    given = "another data.index_folder" if folder else "data.index_folder=FOLDER"
     raise DataError(f"the index of the data cannot be kept in {reason}; give {given}, one that can be written.")
 
 

@@ -105,7 +105,7 @@ class ItemIndex:
                 return None
             shards, classes = json.loads(metadata["shards"]), json.loads(metadata["classes"])
             return ItemIndex(metadata["kind"], shards, classes, arrays, (path, metadata["checksum"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 

@@ -21,7 +21,7 @@ from dsmoe.data.shard_paths import shard_files
 KIND = "parquet"
 IMAGE, LABEL = "image", "label"
 MAX_OPEN = 32  # files a process keeps open, each with its footer in memory
-CACHE_BYTES = 256 << 20  # of decoded row groups in a process; one is always kept
+CACHE_BYTES = 512 << 20  # of decoded row groups in a process; one is always kept
 _WANT = f"columns {IMAGE} (bytes, or a struct with bytes) and {LABEL} (whole number or text)"
 
 
@@ -57,7 +57,7 @@ class ParquetImages(EncodedImages):
         classes = classes_of(index.classes, where, label_map, names)
         super().__init__(where, index, classes, resolution, max_bad_fraction)
         self.groups_decoded = 0  # by this process, for measurements
-        self._files: OpenFiles[Any] = OpenFiles(MAX_OPEN, self._open, lambda file: file.close())
+        self._files: OpenFiles[Any] = OpenFiles(MAX_OPEN, self._open, _close)
         self._groups: OrderedDict[int, Any] = OrderedDict()
 
     @property
@@ -151,6 +151,10 @@ def _open_file(path: Path) -> Any:
         raise DataError(
             f"{str(path)!r} is no parquet file or was cut short ({_short(error)}); copy it again or leave it out."
         ) from error
+
+
+def _close(file: Any) -> None:
+    file.close()
 
 
 def _column(file: Any) -> str:

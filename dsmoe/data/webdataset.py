@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from dsmoe.base.errors import DataError
@@ -147,8 +148,8 @@ def _samples(shard: Shard, descriptor: int) -> list[_Sample]:
         found[-1].take(member, kind, descriptor)
     kept = [sample for sample in found if sample.size or sample.described or sample.gap]
     # A header that hid one member of the next sample is one damaged item, not two.
-    after = [*kept[1:], _Sample("", size=1, label="")]
-    return [sample for sample, following in zip(kept, after, strict=True) if not sample.gap or following.complete]
+    end = _Sample("", size=1, label="")
+    return [sample for sample, following in pairwise([*kept, end]) if not sample.gap or following.complete]
 
 
 @dataclass(frozen=True)

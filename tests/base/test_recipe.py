@@ -183,7 +183,7 @@ REFUSED = [
     (["data.source=image_folder", "data.path=/x"], ("data.size", "64", "data.size=null")),
     (["data.resolution=4"], ("data.resolution", "4", "at least 8")),
     (["data.size=0"], ("data.size", "0", "at least 1")),
-    (["data.max_bad_fraction=1.5"], ("data.max_bad_fraction", "data.index_folder", "1.5", "[0, 1]")),
+    (["data.max_bad_fraction=1.5"], ("data.max_bad_fraction", "1.5", "[0, 1]")),
     (["codec.cache=disk"], ("codec.cache", "'disk'", "memory")),
     (["diffusion.prediction=noise"], ("diffusion.prediction", "'noise'", "epsilon, v, x0, velocity")),
     (["diffusion.time_density=normal"], ("diffusion.time_density", "'normal'", "logit_normal")),
