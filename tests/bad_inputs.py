@@ -6,7 +6,6 @@ For test_bad_input; ds_configs, command lines and launch environments are in bad
 import json
 from dataclasses import dataclass, field
 
-from made_images import png
 from made_plan import RECIPE_FILE
 
 ENGINE = {"dsmoe": {"about": "for tests"}, "zero_optimization": {"stage": 1}}
@@ -68,12 +67,6 @@ def engine(name, content, *args, says):
     return Case(
         name=name, argv=("--deepspeed_config", "mine.json", "--recipe", "base.yaml", *args), files=files, says=says
     )
-
-
-def photos(name, files, *, says, path="photos"):
-    """data.source=image_folder on these files."""
-    args = ("data.source=image_folder", f"data.path={path}", "data.size=null")
-    return Case(name=name, args=args, files=files, says=says)
 
 
 FLOW = ("diffusion.schedule=rectified_flow", "diffusion.prediction=velocity")
@@ -244,7 +237,7 @@ CONTRADICTIONS = [
     override("resolution the scenes do not have", "data.resolution=1024", says=("resolution 1024", "from 32 to 512")),
     override("more scenes than there are", "data.size=9000000000", says=("size 9000000000", "leave it out")),
     override("scenes with a path", "data.path=/photos", says=("data.path is '/photos'", "data.path=null")),
-    override("images without a path", "data.source=image_folder", says=("data.path is missing", "data.path=FOLDER")),
+    override("images without a path", "data.source=image_folder", says=("data.path is missing", "data.path=PATH")),
     override(
         "images with a size", "data.source=image_folder", "data.path=x", says=("data.size is 64", "data.size=null")
     ),
@@ -289,25 +282,7 @@ CONTRADICTIONS = [
     override("batch that ranks do not share", "train.global_batch=7", says=("global_batch 7", "2 ranks", "such as 8")),
 ]
 
-IMAGE = png(0)
 FOLDERS = [
-    photos("image folder missing", {}, says=("'photos' does not exist", "sub-folder of images for each class")),
-    photos("image folder a file", {"photos": "x"}, says=("'photos' is not a folder", "sub-folder of images")),
-    photos(
-        "image folder flat", {"photos/a.png": IMAGE}, says=("'photos' is flat: 1 images", "one sub-folder for each")
-    ),
-    photos("image folder empty", {"photos": None}, says=("'photos' holds no class folders", "sub-folder of images")),
-    photos(
-        "class without images",
-        {"photos/cat/a.png": IMAGE, "photos/dog": None},
-        says=("1 of 2 class folders", "'dog'", "fill or remove"),
-    ),
-    photos(
-        "splits instead of classes",
-        {"photos/train/cat/a.png": IMAGE},
-        says=("splits (train)", "data.path=photos/train"),
-    ),
-    photos("image folder name too long", {}, path="n" * 300, says=("nnn", "File name too long", "give another path")),
     Case(
         name="run folder a file",
         args=("--run", "mine"),

@@ -133,7 +133,8 @@ def describe(plan: Plan) -> str:
         ("forward MACs", f"{model.macs / 1e9:.4g} G an image ({shape} input)"),
         (
             "data",
-            f"{data.source}, {plan.data.items:,} images, {plan.data.num_classes} classes, {data.resolution} px",
+            f"{data.source}{f' {data.path}' * bool(data.path)}, {plan.data.items:,} images, {plan.data.num_classes} "
+            f"classes, {data.resolution} px{f', in blocks of {data.shuffle_block}' * bool(data.shuffle_block)}",
         ),
         (
             "codec",

@@ -18,7 +18,7 @@ from dsmoe.base.typed_tree import from_mapping, read_yaml, set_by_path
 RECIPE_DIR = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
 
-SOURCES = ("scenes", "image_folder")
+SOURCES = ("scenes", "image_folder", "webdataset", "parquet")
 CACHES = ("none", "memory")
 LR_SCHEDULES = ("constant", "exponential")
 BALANCE_SCOPES = ("sample", "step", "micro", "none")
@@ -40,26 +40,37 @@ def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Images. resolution in pixels; size = distinct training images of `scenes` (None: its default)."""
+    """Images (docs/data.md). resolution in pixels; size = distinct training images of `scenes` (None: its default).
+
+    path: a folder, or for tars and parquet also a glob or a range DIR/train-{0000..1023}.tar. label_map: file that
+    numbers and names the classes. shuffle_block: 0 shuffles items; n shuffles blocks of n consecutive items, for
+    storage that reads neighbours faster (data.order). index_folder: where an index of the items is kept.
+    """
 
     source: str = "scenes"
     path: str | None = None
     resolution: int = 256
     size: int | None = None
     flip: bool = True
+    label_map: str | None = None
+    shuffle_block: int = 0
     max_bad_fraction: float = field(default=0.01, metadata=_POLICY)
+    index_folder: str | None = field(default=None, metadata=_POLICY)
 
     def __post_init__(self) -> None:
         _one_of("data.source", self.source, SOURCES)
         _require(self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
         _require(self.size is None or self.size >= 1, "data.size", self.size, "at least 1, or null")
+        _require(self.shuffle_block >= 0, "data.shuffle_block", self.shuffle_block, "0 (shuffle items) or more")
         _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
-        if self.source == "scenes" and self.path is not None:
-            raise ConfigError(f"data.path is {self.path!r} but data.source scenes has no files; set data.path=null.")
         if self.source != "scenes" and self.path is None:
-            raise ConfigError(f"data.source is {self.source} and data.path is missing; give data.path=FOLDER.")
+            raise ConfigError(f"data.source is {self.source} and data.path is missing; give data.path=PATH.")
         if self.source != "scenes" and self.size is not None:
             raise ConfigError(f"data.size is {self.size}; only data.source scenes takes a size. Set data.size=null.")
+        for key in ("path", "label_map", "index_folder"):
+            value = getattr(self, key)
+            if self.source == "scenes" and value is not None:
+                raise ConfigError(f"data.{key} is {value!r} but data.source scenes has no files; set data.{key}=null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +312,12 @@ def load_recipe(name_or_file: str = DEFAULT_RECIPE, overrides: list[str] | None 
         raise ConfigError(f"recipe file {name_or_file!r} does not exist; give an existing .yaml file or a name.")
     tree = read_yaml(path)
     tree.setdefault("name", path.stem)
+    paths = [text for text in overrides or [] if text.startswith("data.path=")]
+    if len(paths) > 1:
+        raise ConfigError(
+            f"data.path is given {len(paths)} times, {paths[0]!r} first; give it once, and a range {{0000..1023}} in "
+            "quotes, or the shell takes it apart."
+        )
     for text in overrides or []:
         key, found, value = text.partition("=")
         if not found or not key:

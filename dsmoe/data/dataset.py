@@ -1,10 +1,10 @@
 """What every image data set offers, and the choice of one by name.
 
-Not here: decoding (image_folder), generated images (scenes), random choices (order) and batching (loader).
+Not here: decoding (encoded_images), generated images (scenes), random choices (order) and batching (loader).
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -87,29 +87,46 @@ def build_dataset(
     size: int | None = None,
     split: str = "train",
     max_bad_fraction: float = 0.01,
+    label_map: str | None = None,
+    index_folder: str | None = None,
 ) -> ImageDataset:
     """The data set of a recipe's `data` section.
 
-    source: "scenes" (generated; takes size and split) or "image_folder" (takes path, one split's folder).
-    resolution: side of the square images in pixels. size: distinct images of `scenes`, None for its default.
-    max_bad_fraction: share of undecodable files above which an image folder is refused while it is read.
-    ConfigError on an unknown source or a contradiction, DataError on a folder that cannot be used.
+    source: "scenes" (generated; takes size and split), or files of one split at path: "image_folder" (a folder of class
+    folders), "webdataset" (tars), "parquet". resolution: side of the square images in pixels. size: distinct images of
+    `scenes`, None for its default. max_bad_fraction: share of undecodable items above which a set is refused while it
+    is read. label_map: file that numbers and names the classes (label_map.py). index_folder: where an index of the
+    items is kept (index_file.py). ConfigError on an unknown source or a contradiction, DataError on data that cannot
+    be used.
     """
-    if source == "image_folder":
-        from dsmoe.data.image_folder import ImageFolder
-
-        if path is None:
-            raise ConfigError("data.source is image_folder and data.path is missing; give data.path=FOLDER.")
-        if size is not None:
-            raise ConfigError(f"data.size is {size}; only data.source scenes takes a size. Drop it.")
-        if split != "train":
-            raise ConfigError(
-                f"split {split!r} asked of data.source image_folder, whose data.path is one split; "
-                "give the folder of that split as data.path."
-            )
-        return ImageFolder(path, resolution, max_bad_fraction)
     if source == "scenes":
         from dsmoe.data.scenes import Scenes
 
         return Scenes(split=split, resolution=resolution, size=size)
-    raise ConfigError(choose_from("data.source", source, SOURCES))
+    if source not in SOURCES:
+        raise ConfigError(choose_from("data.source", source, SOURCES))
+    if path is None:
+        raise ConfigError(f"data.source is {source} and data.path is missing; give data.path=PATH.")
+    if size is not None:
+        raise ConfigError(f"data.size is {size}; only data.source scenes takes a size. Drop it.")
+    if split != "train":
+        raise ConfigError(
+            f"split {split!r} asked of data.source {source}, whose data.path is one split; "
+            "give the folder or files of that split as data.path."
+        )
+    return _of_files(source)(path, resolution, max_bad_fraction, label_map, index_folder)
+
+
+def _of_files(source: str) -> Callable[..., ImageDataset]:
+    """The class of a source, imported only when it is used."""
+    if source == "webdataset":
+        from dsmoe.data.webdataset import WebDataset
+
+        return WebDataset
+    if source == "parquet":
+        from dsmoe.data.parquet import ParquetImages
+
+        return ParquetImages
+    from dsmoe.data.image_folder import ImageFolder
+
+    return ImageFolder

@@ -1,158 +1,132 @@
-"""Images in one folder a class, as ImageNet lies on disk. Not here: order, flips, batches."""
+"""Images in one folder a class, as ImageNet lies on disk, or flat with a label map. Not here: decoding, order."""
 
-import io
 import os
-import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dsmoe.base.errors import DataError
-from dsmoe.data.dataset import Fault, fingerprint_of
-from dsmoe.data.transforms import centre_crop_adm
+from dsmoe.data.encoded_images import NAMES_SHOWN, EncodedImages
+from dsmoe.data.index_file import Shard, kept_index
+from dsmoe.data.item_index import ItemIndex, concatenate, one_shard
+from dsmoe.data.label_map import Classes, classes_of, read_file_map
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# By content, not by name: ImageNet has a PNG named .JPEG, scraped sets have GIFs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
-# Fewer damaged files than this are too few to judge a share by.
-MIN_BAD = 10
-# So many damaged files in a row are not damage but a wrong folder (pointer files, an encrypted copy).
-MAX_RUN = 2000
-NAMES_SHOWN = 5
+KIND = "image_folder"
+# Fewer items are listed about as fast as an index of them is checked, so none is kept.
+KEPT_FROM = 20_000
+_FLAT = ""  # name of the shard of a flat folder
+_WANT = "give a folder that holds one sub-folder of images for each class"
 
 
-class ImageFolder:
-    """PATH/<class>/<image>: class index by sorted folder name, items by class, then sorted file name.
+class ImageFolder(EncodedImages):
+    """PATH/<class>/<image>: classes by sorted folder name (or label_map), items by class, then sorted file name.
 
-    Only files directly in a class folder count, by extension in any case (EXTENSIONS); hidden files and
-    folders are skipped. Images become RGB by PIL's convert("RGB"), torchvision's convention: alpha is
-    dropped, not composited, EXIF orientation is not applied, colour profiles are ignored. 16-bit greyscale
-    keeps its high byte (convert would saturate it). Then ADM's centre crop to resolution x resolution.
-
-    An undecodable file (damaged, a decompression bomb by PIL's limit, an extreme side ratio) is replaced by
-    the next decodable one in item order, with its label, whichever rank or worker asks. `account` raises
-    DataError when more than max_bad_fraction of the distinct items asked for were damaged and they number at
-    least MIN_BAD or over half of the folder; a max_bad_fraction of 0 tolerates none.
+    Only files directly in a class folder count, by extension in any case (EXTENSIONS); hidden files and folders are
+    skipped. With a label_map that lists files, PATH/<image> is read: ImageNet's flat validation folder. Folders of
+    KEPT_FROM images or more keep an index (index_file; index_folder is its place).
     """
 
-    def __init__(self, path: str | Path, resolution: int, max_bad_fraction: float = 0.01) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int,
+        max_bad_fraction: float = 0.01,
+        label_map: str | None = None,
+        index_folder: str | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
-        self.resolution = resolution
-        self.max_bad_fraction = max_bad_fraction
-        self.class_names, files = _scan(self.path)
-        self.num_classes = len(self.class_names)
-        # One byte string: a list of a million names would be copied into every loader process.
-        names = [os.fsencode(name) for of_class in files for name in of_class]
-        self._names = b"".join(names)
-        self._ends = np.cumsum([0] + [len(name) for name in names])
-        self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(of_class) for of_class in files])
-        sizes = [(self.path / self.name(i)).stat().st_size for i in range(len(self._labels))]
-        self.fingerprint = fingerprint_of("image_folder", self._names, self._ends, np.array(sizes), self._labels)
-        self._damaged: dict[int, str] = {}  # item -> reason, as far as this process knows
-        self._undrained: list[Fault] = []
-        self._faults: dict[int, Fault] = {}
-        self._reads = 0
-
-    def __len__(self) -> int:
-        return len(self._labels)
+        shards = _shards(self.path, label_map)
+        index = _list_all(shards, KEPT_FROM)
+        if index is None:
+            index = kept_index(KIND, self.path, shards, _scan, index_folder)
+        _refuse_empty(index, self.path)
+        where = str(self.path)
+        if shards[0].name == _FLAT:
+            index, classes = _label_by_file(index, where, str(label_map))
+        else:
+            classes = classes_of(index.classes, where, label_map) if label_map else _sorted_folders(index)
+        super().__init__(where, index, classes, resolution, max_bad_fraction)
 
     def name(self, i: int) -> str:
-        """Item i as "class/file"."""
-        file = os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]])
-        return f"{self.class_names[self._labels[i]]}/{file}"
+        """Item i as "class/file", or "file" of a flat folder."""
+        return super().name(i).lstrip("/")
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
-        """(image uint8 [resolution, resolution, 3], label) of item i or, where damaged, of the next."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)}")
-        limit = min(len(self), MAX_RUN)
-        for step in range(limit):
-            item = (i + step) % len(self)
-            image = self._decode(item)
-            if image is not None:
-                return image, int(self._labels[item])
-            if step == 0:
-                self._undrained.append(Fault(item, self.name(item), self._damaged[item]))
-        raise DataError(
-            f"none of {limit} consecutive files of {str(self.path)!r} from {self.name(i)!r} on is a readable "
-            f"image (the first: {self._damaged[i]}); check that the folder was copied whole."
-        )
-
-    def drain_faults(self) -> tuple[Fault, ...]:
-        """See `FaultReporter`."""
-        faults, self._undrained = tuple(self._undrained), []
-        return faults
-
-    def account(self, reads: int, faults: Iterable[Fault]) -> None:
-        """See `FaultReporter`; the share is of distinct items, so it does not grow with epochs."""
-        self._reads += reads
-        for fault in faults:
-            self._faults.setdefault(fault.item, fault)
-        bad, seen = len(self._faults), min(self._reads, len(self))
-        enough = bad >= MIN_BAD or 2 * bad > len(self) or (bad and self.max_bad_fraction == 0)
-        if not enough or bad <= self.max_bad_fraction * seen:
-            return
-        first = ", ".join(f"{fault.name} ({fault.reason})" for fault in self.faults[:NAMES_SHOWN])
-        raise DataError(
-            f"{bad} of {seen} images read from {str(self.path)!r} are damaged ({100 * bad / seen:.3g} %, "
-            f"data.max_bad_fraction allows {100 * self.max_bad_fraction:.3g} %), the first: {first}. "
-            "Repair or delete them, or raise data.max_bad_fraction."
-        )
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """Distinct damaged items accounted so far, in the order they were met."""
-        return tuple(self._faults.values())
-
-    def _decode(self, item: int) -> np.ndarray | None:
-        """Pixels of one file, None when damaged (the reason is kept, the file not opened again)."""
-        if item in self._damaged:
-            return None
+    def content(self, item: int) -> bytes:
+        """See `EncodedImages`."""
         path = self.path / self.name(item)
         try:
-            content = path.read_bytes()
+            return path.read_bytes()
         except OSError as error:
             # Not damage: a lost mount must stop the run, not shift it to other images.
             raise DataError(
                 f"cannot read {str(path)!r}: {error.strerror}; check the disk, the mount and the permissions."
             ) from error
-        try:
-            return centre_crop_adm(_to_rgb(content), self.resolution)
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            self._damaged[item] = _reason(content, error)
+
+
+def _sorted_folders(index: ItemIndex) -> Classes:
+    """Folder names are class names also where they are numbers: torchvision's convention."""
+    return Classes(index.classes, np.arange(len(index.classes), dtype=np.int32))
+
+
+def _list_all(shards: Sequence[Shard], limit: int) -> ItemIndex | None:
+    """The index of the folders, or None when they hold `limit` images or more."""
+    found, total = [], 0
+    for shard in shards:
+        found.append(_scan(shard))
+        total += len(found[-1])
+        if total >= limit:
             return None
+    return concatenate(found)
 
 
-def _to_rgb(content: bytes) -> Image.Image:
-    """Decode to mode RGB; raises whatever PIL raises, and on both of PIL's levels of decompression bomb."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+def _scan(shard: Shard) -> ItemIndex:
+    """The images of one folder; none is judged later, when all empty folders can be named at once."""
+    files = _list(shard.path)[1]
+    label = None if shard.name == _FLAT else shard.name
+    try:
+        sizes = [file.stat().st_size for file in files]
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename!r}: {error.strerror}; check that nobody is moving files."
+        ) from error
+    return one_shard(KIND, shard.name, [label] * len(files), [file.name for file in files], sizes=sizes)
 
 
-def _reason(content: bytes, error: Exception) -> str:
-    if not content:
-        return "empty file"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return " ".join(str(error).split()) or type(error).__name__
+def _refuse_empty(index: ItemIndex, root: Path) -> None:
+    empty = [index.shards[n] for n in np.flatnonzero(np.diff(index.arrays["shard_starts"].astype(np.int64)) == 0)]
+    if empty:
+        shown = ", ".join(repr(name) for name in empty[:NAMES_SHOWN])
+        raise DataError(
+            f"{len(empty)} of {len(index.shards)} class folders in {str(root)!r} hold no images "
+            f"({', '.join(EXTENSIONS)}): {shown}; fill or remove them, or, if they hold folders, {_WANT}."
+        )
 
 
-def _scan(root: Path) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Sorted class names and each one's sorted image file names; DataError where there are none."""
-    want = "give a folder that holds one sub-folder of images for each class"
+def _label_by_file(index: ItemIndex, where: str, label_map: str) -> tuple[ItemIndex, Classes]:
+    """A flat folder's index with the labels that the map gives its files."""
+    given = read_file_map(label_map)
+    blob, starts = index.arrays["names"].tobytes(), index.arrays["name_starts"].tolist()
+    names = [os.fsdecode(blob[start:end]) for start, end in pairwise(starts)]
+    labels = [given.get(name, given.get(os.path.splitext(name)[0])) for name in names]
+    if missing := [name for name, label in zip(names, labels, strict=True) if label is None]:
+        shown = ", ".join(repr(name) for name in missing[:NAMES_SHOWN])
+        raise DataError(
+            f"data.path {where!r} is flat and data.label_map {label_map!r} names no class for {len(missing)} of its "
+            f"{len(names)} images: {shown}; it needs a line FILE CLASS for each."
+        )
+    labelled = one_shard(KIND, _FLAT, labels, names, sizes=index.arrays["sizes"])
+    return concatenate([labelled]), classes_of(labelled.classes, where)
+
+
+def _shards(root: Path, label_map: str | None) -> list[Shard]:
+    """The class folders, sorted, or the folder itself where it is flat and has a label map; DataError otherwise."""
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"data.path {str(root)!r} {problem}; {want}.")
+        raise DataError(f"data.path {str(root)!r} {problem}; {_WANT}.")
     folders, stray = _list(root)
     splits = [name for name in folders if name.lower() in SPLIT_NAMES]
     if splits and (len(splits) == len(folders) or "train" in splits):
@@ -160,26 +134,21 @@ def _scan(root: Path) -> tuple[tuple[str, ...], list[list[str]]]:
             f"data.path {str(root)!r} holds splits ({', '.join(splits)}), not classes; "
             f"give one of them: data.path={root / splits[0]}."
         )
-    if not folders and stray:
+    if folders:
+        return [Shard.of(root / name, name) for name in folders]
+    if not stray:
+        raise DataError(f"data.path {str(root)!r} holds no class folders and no images; {_WANT}.")
+    if label_map is None:
         raise DataError(
             f"data.path {str(root)!r} is flat: {len(stray)} images and no class folders; sort the images "
-            "into one sub-folder for each class (ImageNet's val needs a foldered copy)."
+            "into one sub-folder for each class, or give data.label_map a file that names the class of each image "
+            "(a line FILE CLASS)."
         )
-    if not folders:
-        raise DataError(f"data.path {str(root)!r} holds no class folders and no images; {want}.")
-    files = [_list(root / name)[1] for name in folders]
-    empty = [name for name, of_class in zip(folders, files, strict=True) if not of_class]
-    if empty:
-        shown = ", ".join(repr(name) for name in empty[:NAMES_SHOWN])
-        raise DataError(
-            f"{len(empty)} of {len(folders)} class folders in {str(root)!r} hold no images "
-            f"({', '.join(EXTENSIONS)}): {shown}; fill or remove them, or, if they hold folders, {want}."
-        )
-    return tuple(folders), files
+    return [Shard.of(root, _FLAT)]
 
 
-def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the visible sub-folders and of the visible image files; links are followed."""
+def _list(folder: Path) -> tuple[list[str], list[os.DirEntry]]:
+    """The visible sub-folders' names and the visible image files, sorted by name; links are followed."""
     folders, images = [], []
     try:
         with os.scandir(folder) as entries:
@@ -187,9 +156,9 @@ def _list(folder: Path) -> tuple[list[str], list[str]]:
                 if entry.name.startswith("."):
                     continue
                 if entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    images.append(entry.name)
+                    images.append(entry)
                 elif entry.is_dir():
                     folders.append(entry.name)
     except OSError as error:
         raise DataError(f"cannot list {str(folder)!r}: {error.strerror}; check the permissions.") from error
-    return sorted(folders), sorted(images)
+    return sorted(folders), sorted(images, key=lambda entry: entry.name)

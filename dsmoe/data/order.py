@@ -14,15 +14,28 @@ from dsmoe.base.errors import ConfigError
 from dsmoe.ops import random
 
 CACHED_EPOCHS = 2  # one batch may end an epoch and begin the next
+MAX_LANES = 64
+WINDOW_BLOCKS = 4
 
 
 class SampleOrder:
-    """Sample index n -> item: epoch n // num_items is a permutation of all items, keyed by (seed, epoch)."""
+    """Sample index n -> item: epoch n // num_items is a permutation of all items, keyed by (seed, epoch).
 
-    def __init__(self, seed: int, num_items: int) -> None:
+    block 0: every item goes anywhere. block b > 0 keeps neighbours together, for storage that reads them faster: runs
+    of b consecutive items are shuffled as blocks, the sequence of blocks is cut into as many even pieces as there are
+    lanes, and within each WINDOW_BLOCKS blocks of a piece the items are shuffled. Slot s of every global batch belongs
+    to lane s * lanes // global_batch, which walks its own piece. So ranks, whose slots are consecutive, read blocks of
+    their own (but for those that the cuts divide), and the batches are the same on any number of ranks.
+    """
+
+    def __init__(self, seed: int, num_items: int, *, block: int = 0, global_batch: int = 1) -> None:
         assert num_items > 0, num_items
+        assert block >= 0, block
         self.seed = seed
         self.num_items = num_items
+        self.block = block
+        self.global_batch = global_batch
+        self.lanes = max(n for n in range(1, min(MAX_LANES, global_batch) + 1) if global_batch % n == 0)
         self._epochs: dict[int, Tensor] = {}
 
     def items(self, index: Tensor) -> Tensor:
@@ -38,8 +51,30 @@ class SampleOrder:
         if epoch not in self._epochs:
             while len(self._epochs) >= CACHED_EPOCHS:
                 del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = random.permutation(self.seed, epoch, self.num_items)
+            make = self._blockwise if self.block else random.permutation
+            self._epochs[epoch] = make(self.seed, epoch, self.num_items)
         return self._epochs[epoch]
+
+    def _blockwise(self, seed: int, epoch: int, total: int) -> Tensor:
+        """The items of one epoch in the order of its sample indices, int64 [total]."""
+        blocks = random.permutation(seed, epoch, -(-total // self.block), purpose="block_order")
+        sequence = (blocks[:, None] * self.block + torch.arange(self.block)).flatten()
+        sequence = sequence[sequence < total]  # the last block may be short
+        # An epoch may begin within a global batch, so lanes get their shares by counting slots.
+        slots = (epoch * total + torch.arange(total)) % self.global_batch
+        lane = slots * self.lanes // self.global_batch
+        share = torch.bincount(lane, minlength=self.lanes)
+        start = share.cumsum(0) - share
+        place = torch.argsort(lane, stable=True)  # sample indices, lane by lane
+        walked = torch.arange(total) - start.repeat_interleave(share)
+        window = walked // (self.block * WINDOW_BLOCKS)
+        # Shuffle within (lane, window): a stable sort by the two of what was shuffled as a whole.
+        mixed = random.permutation(seed, epoch, total)
+        group = lane[place] * (total + 1) + window
+        mixed = mixed[torch.argsort(group[mixed], stable=True)]
+        out = torch.empty_like(sequence)
+        out[place] = sequence[mixed]
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +104,10 @@ class BatchLayout:
 def micro_batch(step: int, accumulation_index: int, rank: int, world: int, micro: int, global_batch: int) -> Tensor:
     """int64 [micro] sample indices of one rank's micro-batch.
 
-    They are the slots accumulation_index*world*micro + rank*micro + j of the step's global batch.
+    A rank's slots are consecutive whatever the micro-batch, so that its lanes (SampleOrder) are its own: they are the
+    slots rank*global_batch/world + accumulation_index*micro + j of the step's global batch.
     """
-    first = step * global_batch + (accumulation_index * world + rank) * micro
+    first = step * global_batch + rank * (global_batch // world) + accumulation_index * micro
     return torch.arange(first, first + micro)
 
 

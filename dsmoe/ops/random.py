@@ -33,6 +33,7 @@ PURPOSES: dict[str, int] = {
     "sample_label": 12,
     "noise_ratio": 13,
     "noise_levels": 14,
+    "block_order": 15,
 }
 
 _MASK = 0xFFFFFFFF
@@ -101,15 +102,15 @@ def normal(seed: int, purpose: str, index: Tensor, shape: Sequence[int] = ()) ->
     return pairs.flatten(1)[:, :count].to(torch.float32).view(len(index), *shape)
 
 
-def permutation(seed: int, epoch: int, n: int, *, device: torch.device | str = "cpu") -> Tensor:
+def permutation(seed: int, epoch: int, n: int, *, purpose: str = "order", device: torch.device | str = "cpu") -> Tensor:
     """A permutation of range(n), int64 [n]: the data order of one epoch.
 
-    Item i gets a 64-bit key, words 0 and 1 of the block with purpose "order", sample index i and block number
+    Item i gets a 64-bit key, words 0 and 1 of the block with that purpose, sample index i and block number
     `epoch` (0 <= epoch < 2^32); the permutation sorts the items by key, equal keys in item order.
     """
     assert 0 <= epoch <= _MASK, f"epoch {epoch} does not fit in 32 bits"
     items = torch.arange(n, device=device)
-    words = _blocks(seed, "order", items, torch.full_like(items, epoch))
+    words = _blocks(seed, purpose, items, torch.full_like(items, epoch))
     return torch.argsort((words[:, 0] << 32) | words[:, 1], stable=True)
 
 

@@ -103,6 +103,8 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         size=recipe.data.size,
         split="train",
         max_bad_fraction=recipe.data.max_bad_fraction,
+        label_map=recipe.data.label_map,
+        index_folder=recipe.data.index_folder,
     )
     model = _model_facts(recipe, codec, dataset)
     if recipe.codec.cache == "memory":
@@ -128,7 +130,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         codec=dict(codec.provenance),
         schedule=_end_points(recipe),
         memory=_memory(recipe, model, layout_of(policy, batch, len(recipe.ema_decays)), device),
-        warnings=tuple(_warnings(recipe, policy, len(dataset))),
+        warnings=tuple(_warnings(recipe, policy, dataset)),
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
     folder.check(plan)
@@ -215,8 +217,8 @@ def _memory(recipe: Recipe, model: ModelFacts, layout: Layout, device: Device) -
     return memory.peak | {f"{HOST} {name}": size for name, size in memory.host.items()}
 
 
-def _warnings(recipe: Recipe, policy: EnginePolicy, items: int) -> list[str]:
-    found = []
+def _warnings(recipe: Recipe, policy: EnginePolicy, dataset: ImageDataset) -> list[str]:
+    found, items = [], len(dataset)
     for name, decay in recipe.ema_decays.items():
         left = decay**recipe.train.steps
         if left <= EMA_START_SHARE:
@@ -230,6 +232,11 @@ def _warnings(recipe: Recipe, policy: EnginePolicy, items: int) -> list[str]:
     if recipe.codec.cache == "none" and recipe.data.source == "scenes" and recipe.train.images > 4 * items:
         found.append(
             f"images are rendered and encoded {recipe.train.images // items} times; codec.cache=memory does it once."
+        )
+    if recipe.data.source == "parquet" and recipe.codec.cache == "none" and not recipe.data.shuffle_block:
+        found.append(
+            f"each image of a parquet file costs its whole row group, up to {dataset.group_rows} images; "
+            f"data.shuffle_block={dataset.group_rows} reads groups about once (another order, so another run)."
         )
     if policy.offload_parameters and policy.stage == 3:
         found.append("parameters are offloaded to the CPU: every layer's weights cross the host link each pass.")

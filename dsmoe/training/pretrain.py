@@ -199,7 +199,9 @@ def _batches(prepared: Prepared, device: torch.device, start: int) -> Generator[
         world_size=world,
         rank=rank,
     )
-    order = SampleOrder(recipe.train.seed, plan.data.items)
+    order = SampleOrder(
+        recipe.train.seed, plan.data.items, block=recipe.data.shuffle_block, global_batch=recipe.train.global_batch
+    )
     span = {"start_step": start, "num_steps": recipe.train.steps - start, "flip": recipe.data.flip}
     if recipe.codec.cache == "memory":
         return _encode(prepared, device).micro_batches(order, layout, **span)

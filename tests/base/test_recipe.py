@@ -23,7 +23,7 @@ from dsmoe.base.recipe import (
 )
 
 # What may change without changing what the weights become (design decisions 1 and 2): fields, and whole sections.
-POLICY = {"name", "description", "data.max_bad_fraction", "codec.cache"}
+POLICY = {"name", "description", "data.max_bad_fraction", "data.index_folder", "codec.cache"}
 POLICY_SECTIONS = {"report", "checkpoint"}
 
 

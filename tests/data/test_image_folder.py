@@ -12,7 +12,8 @@ from shared_data import require
 from dsmoe.base.errors import ConfigError, DataError
 from dsmoe.data import build_dataset
 from dsmoe.data.dataset import FaultReporter
-from dsmoe.data.image_folder import MIN_BAD, ImageFolder
+from dsmoe.data.encoded_images import MIN_BAD
+from dsmoe.data.image_folder import ImageFolder
 
 
 def _read(root: Path, content: bytes, name: str = "x.jpg", resolution: int = 24) -> np.ndarray:
@@ -167,7 +168,7 @@ def test_stand_ins_do_not_depend_on_what_was_read_before(tmp_path: Path) -> None
 
 def test_a_folder_without_any_readable_image(tmp_path: Path) -> None:
     dataset = ImageFolder(good_and_bad(tmp_path, 5, set(range(5))), 8)
-    with pytest.raises(DataError, match=r"none of 5 consecutive files .* is a readable image \(the first: not an"):
+    with pytest.raises(DataError, match=r"none of 5 consecutive items .* is a readable image \(the first: not an"):
         dataset.read(2)
 
 

@@ -70,7 +70,7 @@ def test_purpose_numbers_are_frozen():
     assert random.PURPOSES == {
         "order": 1, "crop": 2, "flip": 3, "timestep": 4, "noise": 5, "label_drop": 6, "posterior": 7,
         "jitter": 8, "variance": 9, "sample_noise": 10, "sample_step": 11, "sample_label": 12,
-        "noise_ratio": 13, "noise_levels": 14,
+        "noise_ratio": 13, "noise_levels": 14, "block_order": 15,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bad_data
 import bad_engines
 import bad_inputs
 import pytest
@@ -17,7 +18,7 @@ from dsmoe.base.run_folder import rejected_run_folder
 from dsmoe.models.dit import DiT
 from dsmoe.training import pretrain
 
-CASES = [*bad_inputs.CASES, *bad_engines.CASES]
+CASES = [*bad_inputs.CASES, *bad_data.CASES, *bad_engines.CASES]
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launchers/pretrain.py"
 EXIT_BAD_INPUT = 2
