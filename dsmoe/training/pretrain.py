@@ -29,9 +29,10 @@ from dsmoe.ds_config import engine_config
 from dsmoe.preprocess.memory import LatentBatch, MemoryLatents, Sharing, encode_dataset
 from dsmoe.runtime import distributed, logging
 from dsmoe.runtime.distributed import LaunchPlace
+from dsmoe.runtime.stopping import EXIT_STOPPED, StopRequest
 from dsmoe.tasks.class_conditional import ClassConditional
 from dsmoe.training import state
-from dsmoe.training.checkpoints import Checkpoints, Stopped, StopRequest, open_newest
+from dsmoe.training.checkpoints import Checkpoints, Stopped, open_newest
 from dsmoe.training.deepspeed_patches import skip_shm_op
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine, build_engine
@@ -43,7 +44,6 @@ from dsmoe.training.sampling import SampleSheets, export_weights
 from dsmoe.training.telemetry import Telemetry, draw_losses, read_metrics
 
 EXIT_FAILED = 1
-EXIT_STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "requeue"
 # Launchers end all ranks as soon as one has ended, so the others give rank 0 this long to say why.
 PATIENCE_SECONDS = 5.0
 
