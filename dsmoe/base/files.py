@@ -33,6 +33,23 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def sync_folder(path: Path) -> None:
+    """Make names in a folder durable, so that a power cut does not undo a rename."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file and wait for the disk; not atomic by itself."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _umask() -> int:
     # The system offers no way to read it without setting it.
     mask = os.umask(0o077)

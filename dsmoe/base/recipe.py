@@ -19,7 +19,8 @@ RECIPE_DIR = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
 
 SOURCES = ("scenes", "image_folder", "webdataset", "parquet")
-CACHES = ("none", "memory")
+CACHES = ("none", "memory", "disk")
+CACHE_DTYPES = ("float32", "float16", "bfloat16")
 LR_SCHEDULES = ("constant", "exponential")
 BALANCE_SCOPES = ("sample", "step", "micro", "none")
 
@@ -75,14 +76,32 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecSpec:
-    """Latent autoencoder by name and, where it has files, path. cache `memory` encodes a small set once."""
+    """Latent autoencoder by name and, where it has files, path.
+
+    cache: `none` encodes while training, `memory` encodes a small set once at the start, `disk` reads what
+    launchers/cache_latents.py wrote to cache_path. From float32 latents these are the same run; other cache_dtypes
+    hold rounded ones, and stand here so that no run takes them unawares.
+    """
 
     name: str = "sd"
     path: str | None = None
     cache: str = field(default="none", metadata=_POLICY)
+    cache_path: str | None = field(default=None, metadata=_POLICY)
+    cache_dtype: str = field(default="float32", metadata=_POLICY)
 
     def __post_init__(self) -> None:
         _one_of("codec.cache", self.cache, CACHES)
+        _one_of("codec.cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        if self.cache == "disk" and self.cache_path is None:
+            raise ConfigError(
+                "codec.cache is disk and codec.cache_path is missing; give the folder that launchers/cache_latents.py "
+                "wrote as codec.cache_path=DIR."
+            )
+        if self.cache != "disk" and self.cache_path is not None:
+            raise ConfigError(
+                f"codec.cache_path is {self.cache_path!r} but codec.cache is {self.cache}; set codec.cache=disk, or "
+                "codec.cache_path=null."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

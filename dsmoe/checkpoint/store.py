@@ -12,18 +12,9 @@ import shutil
 from pathlib import Path
 
 from dsmoe.base.errors import CheckpointError
-from dsmoe.base.files import write_whole
-from dsmoe.checkpoint.manifest import (
-    FORMAT,
-    STATE_FILE,
-    difference,
-    digest,
-    manifest_name,
-    seal,
-    shard_name,
-    sync_folder,
-    write_durably,
-)
+from dsmoe.base.files import sync_folder, write_durably, write_whole
+from dsmoe.base.sealed import difference, digest, seal
+from dsmoe.checkpoint.manifest import FORMAT, STATE_FILE, manifest_name, shard_name
 from dsmoe.checkpoint.reader import read_state
 
 LATEST = "latest"

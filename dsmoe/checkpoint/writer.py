@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from dsmoe.checkpoint.manifest import FORMAT, Piece, manifest_name, shard_name, write_durably
+from dsmoe.base.files import write_durably
+from dsmoe.checkpoint.manifest import FORMAT, Piece, manifest_name, shard_name
 
 _ALIGNMENT = 8
 

@@ -18,6 +18,7 @@ class IdentityCodec:
     scale = 1.0
     input_range = (-1.0, 1.0)
     image_multiple = 1
+    deterministic = True
 
     def __init__(self, path: Path | str | None = None) -> None:
         if path is not None:

@@ -103,6 +103,7 @@ class KLCodec(nn.Module):
     factor = FACTOR
     input_range = (-1.0, 1.0)
     image_multiple = FACTOR
+    deterministic = False
 
     def __init__(self, path: Path | str | None = None) -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class Codec(Protocol):
                      what `encode` returns and `decode` takes is already scaled
     input_range      (low, high) of the images the *network* sees; `encode` and `decode` always speak [-1, 1]
     image_multiple   image heights and widths must be multiples of this
+    deterministic    the posterior's std is zero for every image
     provenance       name, sha256 of the weights, scale and factor as strings: latents cached under one
                      provenance must not be decoded under another
     """
@@ -55,6 +56,7 @@ class Codec(Protocol):
     scale: float
     input_range: tuple[float, float]
     image_multiple: int
+    deterministic: bool
     provenance: dict[str, str]
 
     def encode(self, images: Tensor) -> Posterior:

@@ -30,6 +30,7 @@ class SDCodec(nn.Module):
 
     name = "sd"
     input_range = (-1.0, 1.0)
+    deterministic = False
 
     def __init__(self, path: Path | str | None = None) -> None:
         super().__init__()

@@ -70,6 +70,7 @@ class TaesdCodec(nn.Module):
     scale = 1.0
     input_range = (0.0, 1.0)
     image_multiple = 8
+    deterministic = True
 
     def __init__(self, path: Path | str | None) -> None:
         super().__init__()

@@ -35,12 +35,25 @@ class LatentBatch:
         mean, std, *rest = (t.to(device, non_blocking=True) for t in own)
         return LatentBatch(Posterior(mean, std), *rest)
 
+    def pin_memory(self) -> "LatentBatch":
+        """In page-locked memory."""
+        own = (self.posterior.mean, self.posterior.std, self.labels, self.index, self.items)
+        mean, std, *rest = (t.pin_memory() for t in own)
+        return LatentBatch(Posterior(mean, std), *rest)
+
 
 def posterior_of(batch: Batch | LatentBatch, codec: Codec) -> Posterior:
     """The posterior a batch carries, or that of its images (which lie on the codec's device)."""
     if isinstance(batch, LatentBatch):
         return batch.posterior
     return codec.encode(to_float(batch.images))
+
+
+def encode_views(codec: Codec, images: Tensor, views: int) -> Posterior:
+    """Posteriors fp32 [B, views, C, h, w], mirrored second, of images uint8 [B, 3, H, W]; all on the codec's device."""
+    plain = to_float(images)
+    found = [codec.encode(plain.flip(-1) if view else plain) for view in range(views)]
+    return Posterior(torch.stack([p.mean for p in found], 1), torch.stack([p.std for p in found], 1))
 
 
 class MemoryLatents:
@@ -161,10 +174,8 @@ def encode_dataset(
     start, done = time.monotonic(), 0
     for read in read_batches(dataset, wanted if len(mine) else [], workers=workers):
         here = slice(done, done + len(read.batch.items))
-        images = to_float(read.batch.images.to(device))
-        for view in range(views):
-            posterior = codec.encode(images.flip(-1) if view else images)
-            mean[here, view], std[here, view] = posterior.mean.cpu(), posterior.std.cpu()
+        posterior = encode_views(codec, read.batch.images.to(device), views)
+        mean[here], std[here] = posterior.mean.cpu(), posterior.std.cpu()
         facts[here, 0] = read.batch.labels
         for fault in read.faults:
             facts[fault.item - int(mine[0]), 1] = 1

@@ -26,6 +26,7 @@ from dsmoe.runtime.logging import get_logger
 
 __all__ = [
     "DEFAULT_TIMEOUT",
+    "Board",
     "LaunchPlace",
     "Transfer",
     "all_gather_tensor",
@@ -202,6 +203,34 @@ def broadcast_object(value: object, source: int = 0) -> object:
     payload = _on_group_device(payload)
     dist.broadcast(payload, src=source)
     return json.loads(bytes(payload.tolist()).decode())
+
+
+class Board:
+    """Counters and lines that ranks leave for each other without waiting, for work too uneven for collectives.
+
+    name: boards of one name are one board. It lives in the process group's store, on rank 0: nothing can be read
+    once that has gone (RuntimeError).
+    """
+
+    def __init__(self, name: str) -> None:
+        store = distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+        self._store = dist.PrefixStore(name, store)
+
+    def add(self, counter: str, amount: int = 1) -> int:
+        """Add to a counter, which begins at 0; its new value. Each value is returned once only, whoever asks."""
+        return self._store.add(counter, amount)
+
+    def count(self, counter: str) -> int:
+        """Its value now."""
+        return self._store.add(counter, 0)
+
+    def post(self, key: str, line: str) -> None:
+        """Leave a line, in place of one that is there."""
+        self._store.set(key, line)
+
+    def line(self, key: str) -> str | None:
+        """The line left there, None when there is none yet."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
 
 def on_main(function: Callable[_P, _R]) -> Callable[_P, _R | None]:

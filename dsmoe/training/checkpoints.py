@@ -1,10 +1,7 @@
-"""When a run saves, how it is asked to stop, and how it finds itself again.
+"""When a run saves, why it stops, and how it finds itself again.
 
 What is saved is in state, how it reaches the disk in the checkpoint room.
 """
-
-import signal
-from types import FrameType, TracebackType
 
 from dsmoe.base.plan import Plan
 from dsmoe.checkpoint.choice import newest_whole
@@ -13,35 +10,15 @@ from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store
 from dsmoe.runtime import distributed
 from dsmoe.runtime.logging import get_logger
+from dsmoe.runtime.stopping import StopRequest
 from dsmoe.training import state
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine
 from dsmoe.training.telemetry import Telemetry
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 
 class Stopped(Exception):
     """The run was asked to stop, has saved itself, and goes on with the same command."""
-
-
-class StopRequest:
-    """Within it, SIGTERM and SIGUSR1 only set `asked`; the loop looks at it at step boundaries."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 def open_newest(store: Store) -> Reader | None:

@@ -3,6 +3,7 @@
 Everything a user can get wrong is found here or in the rooms called from here, as one UserError.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from dsmoe.checkpoint.saver import require_space
 from dsmoe.checkpoint.store import Store
 from dsmoe.codec import build as build_codec
 from dsmoe.codec.protocol import Codec
-from dsmoe.data.dataset import ImageDataset, build_dataset
+from dsmoe.data.dataset import ImageDataset
+from dsmoe.data.latent_cache import LatentCache
 from dsmoe.diffusion import make_objective
 from dsmoe.ds_config import Batch, EnginePolicy, check_policy, layout_of, load_policy, resolve_batch
+from dsmoe.preprocess.disk import open_cache, training_images
 from dsmoe.preprocess.memory import check_budget
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.distributed import LaunchPlace
@@ -45,12 +48,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything checked and ready: what training needs besides process groups and the model."""
+    """Everything checked and ready: what training needs besides process groups and the model.
+
+    dataset: the images, or with codec.cache disk the latents that stand for them.
+    """
 
     plan: Plan
     policy: EnginePolicy
     batch: Batch
-    dataset: ImageDataset
+    dataset: ImageDataset | LatentCache
     codec: Codec
     device: Device
     folder: RunFolder
@@ -96,16 +102,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         policy.block.optimizer, device_type=device.kind, offload=policy.offload_optimizer
     )
     codec = build_codec(recipe.codec.name, recipe.codec.path)
-    dataset = build_dataset(
-        recipe.data.source,
-        path=recipe.data.path,
-        resolution=recipe.data.resolution,
-        size=recipe.data.size,
-        split="train",
-        max_bad_fraction=recipe.data.max_bad_fraction,
-        label_map=recipe.data.label_map,
-        index_folder=recipe.data.index_folder,
-    )
+    dataset = _open_data(command, recipe, codec)
     model = _model_facts(recipe, codec, dataset)
     if recipe.codec.cache == "memory":
         check_budget(len(dataset), recipe.data.resolution, codec, recipe.data.flip)
@@ -130,13 +127,27 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         codec=dict(codec.provenance),
         schedule=_end_points(recipe),
         memory=_memory(recipe, model, layout_of(policy, batch, len(recipe.ema_decays)), device),
-        warnings=tuple(_warnings(recipe, policy, dataset)),
+        warnings=tuple(_warnings(recipe, policy, dataset, _cache_command(command))),
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
     folder.check(plan)
     if not folder.done.exists():
         require_space(Store(folder.checkpoints), total_bytes(model.parameters, len(recipe.ema_decays)))
     return Prepared(plan, policy, batch, dataset, codec, device, folder)
+
+
+def _open_data(command: Command, recipe: Recipe, codec: Codec) -> ImageDataset | LatentCache:
+    """The images; with codec.cache disk the cache, held against the images where they are on this machine."""
+    if recipe.codec.cache != "disk":
+        return training_images(recipe)
+    absent = recipe.data.path is not None and not Path(recipe.data.path).expanduser().exists()
+    return open_cache(recipe, codec, None if absent else training_images(recipe), _cache_command(command))
+
+
+def _cache_command(command: Command) -> str:
+    """The line that builds the latent cache of this command."""
+    own = [text for text in command.overrides if text.startswith(("data.", "codec.")) and ".cache" not in text]
+    return shlex.join(["python", "launchers/cache_latents.py", "--out", "DIR", "--recipe", command.recipe, *own])
 
 
 def _check_device(policy: EnginePolicy, device: Device) -> None:
@@ -154,7 +165,7 @@ def _check_ops(policy: EnginePolicy, device: Device) -> None:
         raise ConfigError(f"{policy.path}: 'dsmoe.ops': {error}") from error
 
 
-def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFacts:
+def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset | LatentCache) -> ModelFacts:
     """The model's sizes."""
     resolution, patch = recipe.data.resolution, recipe.model.patch
     unit = codec.factor * patch
@@ -217,7 +228,9 @@ def _memory(recipe: Recipe, model: ModelFacts, layout: Layout, device: Device) -
     return memory.peak | {f"{HOST} {name}": size for name, size in memory.host.items()}
 
 
-def _warnings(recipe: Recipe, policy: EnginePolicy, dataset: ImageDataset) -> list[str]:
+def _warnings(
+    recipe: Recipe, policy: EnginePolicy, dataset: ImageDataset | LatentCache, cache_command: str
+) -> list[str]:
     found, items = [], len(dataset)
     for name, decay in recipe.ema_decays.items():
         left = decay**recipe.train.steps
@@ -238,6 +251,13 @@ def _warnings(recipe: Recipe, policy: EnginePolicy, dataset: ImageDataset) -> li
             f"each image of a parquet file costs its whole row group, up to {dataset.group_rows} images; "
             f"data.shuffle_block={dataset.group_rows} reads groups about once (another order, so another run)."
         )
+    if recipe.codec.cache == "none" and recipe.codec.name != "none" and recipe.train.images > items:
+        found.append(
+            f"each image is read and sent through codec {recipe.codec.name} {recipe.train.images / items:.3g} times; "
+            f"once with {cache_command} and then codec.cache=disk codec.cache_path=DIR."
+        )
+    if recipe.codec.cache == "disk" and recipe.codec.cache_dtype != "float32":
+        found.append(f"latents are rounded to {recipe.codec.cache_dtype}: not the run that images give.")
     if policy.offload_parameters and policy.stage == 3:
         found.append("parameters are offloaded to the CPU: every layer's weights cross the host link each pass.")
     return found

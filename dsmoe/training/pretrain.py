@@ -22,16 +22,19 @@ from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store
 from dsmoe.checkpoint.weights import MODEL, new_model
 from dsmoe.data.dataset import FaultReporter, ImageDataset
+from dsmoe.data.latent_cache import LatentCache
 from dsmoe.data.loader import Batch, BatchLoader
 from dsmoe.data.order import BatchLayout, SampleOrder
 from dsmoe.diffusion import make_objective
 from dsmoe.ds_config import engine_config
+from dsmoe.preprocess.disk import DiskLatents
 from dsmoe.preprocess.memory import LatentBatch, MemoryLatents, Sharing, encode_dataset
 from dsmoe.runtime import distributed, logging
 from dsmoe.runtime.distributed import LaunchPlace
+from dsmoe.runtime.stopping import EXIT_STOPPED, StopRequest
 from dsmoe.tasks.class_conditional import ClassConditional
 from dsmoe.training import state
-from dsmoe.training.checkpoints import Checkpoints, Stopped, StopRequest, open_newest
+from dsmoe.training.checkpoints import Checkpoints, Stopped, open_newest
 from dsmoe.training.deepspeed_patches import skip_shm_op
 from dsmoe.training.ema import Ema
 from dsmoe.training.engine import Engine, build_engine
@@ -43,7 +46,6 @@ from dsmoe.training.sampling import SampleSheets, export_weights
 from dsmoe.training.telemetry import Telemetry, draw_losses, read_metrics
 
 EXIT_FAILED = 1
-EXIT_STOPPED = 75  # EX_TEMPFAIL: schedulers take it as "requeue"
 # Launchers end all ranks as soon as one has ended, so the others give rank 0 this long to say why.
 PATIENCE_SECONDS = 5.0
 
@@ -190,7 +192,7 @@ def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
 
 
 def _batches(prepared: Prepared, device: torch.device, start: int) -> Generator[Batch | LatentBatch, None, None]:
-    """This rank's micro-batches from step `start` on, from images or from latents encoded once into memory."""
+    """This rank's micro-batches from step `start` on, from images or from latents encoded once."""
     plan, policy = prepared.plan, prepared.policy
     recipe, rank, world = plan.recipe, distributed.rank(), distributed.world_size()
     layout = BatchLayout(
@@ -205,6 +207,8 @@ def _batches(prepared: Prepared, device: torch.device, start: int) -> Generator[
     span = {"start_step": start, "num_steps": recipe.train.steps - start, "flip": recipe.data.flip}
     if recipe.codec.cache == "memory":
         return _encode(prepared, device).micro_batches(order, layout, **span)
+    if isinstance(prepared.dataset, LatentCache):
+        return DiskLatents(prepared.dataset, pin_memory=device.type == "cuda").micro_batches(order, layout, **span)
     loader = BatchLoader(
         prepared.dataset,
         order,
@@ -255,8 +259,13 @@ def _engine(prepared: Prepared, device: torch.device) -> Engine:
     )
 
 
-def _report_damage(dataset: ImageDataset) -> None:
+def _report_damage(dataset: ImageDataset | LatentCache) -> None:
     """Say how many files were skipped on all ranks together, and the first names."""
+    if isinstance(dataset, LatentCache):
+        count, first = dataset.damaged
+        if count and distributed.is_main():
+            line = "stand-ins for %d damaged images in the cache, the first: %s"
+            logging.get_logger("data").warning(line, count, ", ".join(first[:5]))
     if not isinstance(dataset, FaultReporter):
         return
     met = torch.zeros(len(dataset), dtype=torch.uint8)

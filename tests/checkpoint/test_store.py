@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from dsmoe.base.errors import CheckpointError, TrainingFailure
 from dsmoe.base.run_folder import Lease, RunFolder
+from dsmoe.base.sealed import seal
 from dsmoe.checkpoint.choice import newest_whole
-from dsmoe.checkpoint.manifest import Piece, seal, unseal
+from dsmoe.checkpoint.manifest import Piece, unseal
 from dsmoe.checkpoint.reader import Reader
 from dsmoe.checkpoint.saver import Saver
 from dsmoe.checkpoint.store import Store

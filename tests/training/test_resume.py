@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dsmoe.checkpoint.reader import read_state
 from dsmoe.checkpoint.store import Store
-from dsmoe.training.checkpoints import StopRequest
+from dsmoe.runtime.stopping import StopRequest
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
 STEPS, BATCH = 12, 8
