@@ -1,7 +1,8 @@
 """What does the system cost beside a bare torch loop? Time and memory of a training step, import and start-up time.
 
     python benchmarks/train_step.py [--models nano-8E2A@64 a1@256] [--batches 16 64] [--worlds 1 2] [--stages 0 1 2 3]
-        [--precision fp32] [--turns N] [--block N] [--memory] [--starts] [--results DIR] [--write benchmarks/results/NAME]
+        [--precision fp32] [--turns N] [--block N] [--memory] [--starts] [--results DIR]
+        [--write benchmarks/results/NAME]
 
 A model is a preset at a picture size: nano-8E2A@64 is the quick start's, 16 tokens an image, so that parameters cost as
 much as arithmetic; a1@256 is the paper's smallest as it is trained, 256 tokens an image.
@@ -348,8 +349,8 @@ def circumstances(timed: list[dict]) -> str:
         f"thread a process. Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
         f"{deepspeed.__version__}, commit {', '.join(sorted({cell['commit'] for cell in timed}))}; load average "
         f"after the cells {min(loads):.1f} to {max(loads):.1f}. Median and quartiles of "
-        f"{min(turns)} to {max(turns)} turns of {min(blocks)} to {max(blocks)} steps a side, in the order ours, bare, bare, ours; "
-        "ours / bare is taken turn by turn. "
+        f"{min(turns)} to {max(turns)} turns of {min(blocks)} to {max(blocks)} steps a side, in the order ours, bare, "
+        "bare, ours; ours / bare is taken turn by turn. "
         f"Both sides trained the same: their last losses differ by at most {max(differences):.1e}. "
         "Engine policy: `ds_configs/quickstart.json` at the stage stated."
     )
