@@ -118,6 +118,11 @@ def world_size(group: ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
+def ranks_on_this_host() -> int:
+    """Processes that share this host's memory, as the launcher said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the one that prints and writes shared files."""
     return rank() == 0
