@@ -1,7 +1,8 @@
 """What does the system cost beside a bare torch loop? Time and memory of a training step, import and start-up time.
 
     python benchmarks/train_step.py [--models nano-8E2A@64 a1@256] [--batches 16 64] [--worlds 1 2] [--stages 0 1 2 3]
-        [--precision fp32] [--turns N] [--block N] [--memory] [--starts] [--results DIR] [--write benchmarks/results/NAME]
+        [--precision fp32] [--turns N] [--block N] [--memory] [--starts] [--results DIR]
+        [--write benchmarks/results/NAME]
 
 A model is a preset at a picture size: nano-8E2A@64 is the quick start's, 16 tokens an image, so that parameters cost as
 much as arithmetic; a1@256 is the paper's smallest as it is trained, 256 tokens an image.
@@ -158,20 +159,21 @@ def take_turns(run: object, cell: dict) -> dict:
     bare = BareLoop(run) if cell["turns"] else None
     sides = {"ours": lambda n: advance(run, n), "bare": lambda n: bare.advance(n, next(data))}
 
-    def turn(side: str) -> float:
+    def turn(side: str) -> tuple[float, float]:
         device.synchronize()
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         for _ in range(cell["block"]):
             sides[side](next(steps[side]))
         device.synchronize()
-        return (time.perf_counter() - begun) / cell["block"]
+        return (time.perf_counter() - begun) / cell["block"], (time.process_time() - cpu) / cell["block"]
 
     for side in ("ours", "bare") if bare else ("ours",):  # the first steps allocate
         turn(side)
-    seconds = {"ours": [], "bare": []}
+    seconds, cpu_seconds = {"ours": [], "bare": []}, {"ours": [], "bare": []}
     for number in range(cell["turns"]):
         for side in ("ours", "bare") if number % 2 == 0 else ("bare", "ours"):
-            seconds[side].append(turn(side))
+            for kind, value in zip((seconds, cpu_seconds), turn(side), strict=True):
+                kind[side].append(value)
     if bare is None:
         turn("ours")
     run.telemetry.settle()
@@ -180,7 +182,7 @@ def take_turns(run: object, cell: dict) -> dict:
     found["tokens"] = run.engine.model.tokens
     if bare is not None:
         mine = sum(rank["loss"] for rank in run.telemetry.heard) / len(run.telemetry.heard)
-        found |= {"seconds": seconds, "last_loss": {"ours": mine, "bare": bare.last_loss()}}
+        found |= {"seconds": seconds, "cpu_seconds": cpu_seconds, "last_loss": {"ours": mine, "bare": bare.last_loss()}}
     return found
 
 
@@ -299,9 +301,9 @@ def first_step(launcher: list[str]) -> float:
     return seconds
 
 
-def ratios(cell: dict) -> list[float]:
-    """Ours over bare, turn by turn."""
-    seconds = cell["seconds"]
+def ratios(cell: dict, kind: str) -> list[float]:
+    """Ours over bare, turn by turn. kind: seconds, or cpu_seconds of the process."""
+    seconds = cell[kind]
     return [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
 
 
@@ -315,12 +317,13 @@ def report(timed: list[dict], memory: list[dict], starts: dict) -> str:
     """Markdown: circumstances, the paired table, memory, starts."""
     lines = [f"# A training step against bare torch, {date.today()}", "", circumstances(timed), ""]
     lines += [
-        "| processes | model | tokens an image | batch | ZeRO | ours, ms a step | bare, ms a step | ours / bare |",
-        "|" + "---|" * 8,
+        "| processes | model | tokens an image | batch | ZeRO | ours, ms a step | bare, ms a step | ours / bare "
+        "| the same in CPU time |",
+        "|" + "---|" * 9,
     ]
     for cell in timed:
         columns = [spread(cell["seconds"][side], 1000, 1) for side in ("ours", "bare")]
-        columns.append(spread(ratios(cell), 1, 3))
+        columns += [spread(ratios(cell, kind), 1, 3) for kind in ("seconds", "cpu_seconds")]
         what = [cell[name] for name in ("world", "model", "tokens", "batch", "stage")]
         lines.append(f"| {' | '.join(map(str, what))} | {' | '.join(columns)} |")
     lines += [
@@ -348,8 +351,9 @@ def circumstances(timed: list[dict]) -> str:
         f"thread a process. Python {platform.python_version()}, torch {torch.__version__}, DeepSpeed "
         f"{deepspeed.__version__}, commit {', '.join(sorted({cell['commit'] for cell in timed}))}; load average "
         f"after the cells {min(loads):.1f} to {max(loads):.1f}. Median and quartiles of "
-        f"{min(turns)} to {max(turns)} turns of {min(blocks)} to {max(blocks)} steps a side, in the order ours, bare, bare, ours; "
-        "ours / bare is taken turn by turn. "
+        f"{min(turns)} to {max(turns)} turns of {min(blocks)} to {max(blocks)} steps a side, in the order ours, bare, "
+        "bare, ours; ours / bare is taken turn by turn. CPU time is rank 0's, all its threads: on a machine with other "
+        "jobs it says what a step costs, where seconds say who else was at work. "
         f"Both sides trained the same: their last losses differ by at most {max(differences):.1e}. "
         "Engine policy: `ds_configs/quickstart.json` at the stage stated."
     )

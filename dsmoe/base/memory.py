@@ -182,6 +182,7 @@ class _Rank:
         self.m = -(-shape.count.trained // layout.world_size) if self.stage else self.n
         self.largest, self.largest_dense = max([*dense, *local]), max(dense)
         self.module = max([*dense, sum(local)])
+        self.block_parameters = self.n // shape.spec.depth
         self.persistent = sum(size for size in dense if size < layout.buckets.persistent)
         images = layout.micro_batch
         sizes = {"images": images, "tokens": shape.tokens, "itemsize": self.itemsize}
@@ -199,7 +200,9 @@ class _Rank:
             device, host = {**device, **{f"offloaded {name}": size for name, size in host.items()}}, {}
         steps = {
             "backward begins": self.backward_begins(),
+            "first reduction": self.while_reducing(self.backward_begins()),
             "backward ends": self.backward_ends(),
+            "last reduction": self.while_reducing(self.backward_ends()),
             "reduction": self.reduction(),
             "optimizer step": self.optimizer_step(),
             "weights gathered": {GLOO: self.n * self.itemsize} if self.gathers_by_copy else {},
@@ -246,7 +249,7 @@ class _Rank:
         return device, {**host, **optimizer, **gradients, "offload buffers": staging}
 
     def backward_begins(self) -> Parts:
-        """All activations are there; gradients only of earlier micro-steps and of the layer at work."""
+        """All activations are there; gradients only of earlier micro-steps and of the layer at work, none reduced."""
         size, again = self.itemsize, self.layout.accumulation > 1
         held = 0
         if self.stage <= 1:
@@ -258,8 +261,17 @@ class _Rank:
             {"activations": self.activations + self.recomputed, "temporaries": self.temporaries},
             {"gradients": held + self._working_gradient()},
             self._live_parameters(),
-            self._reducing() if self.stage != 1 or not self.resident else {},
+            self._standing_buckets() if self.stage != 1 or not self.resident else {},
         )
+
+    def while_reducing(self, moment: Parts) -> Parts:
+        """Stages 2 and 3 reduce as soon as a bucket is full: of what its gradients were made from, nothing is left."""
+        if self.stage < 2:
+            return {}
+        done = min(1.0, self._filled(self.layout.buckets.reduce) / self.block_parameters)
+        if self.layout.buckets.overlap and self.layout.activation_checkpointing:
+            done = 0.0  # the next block may be recomputed while the bucket is under way
+        return _sum(moment, {"activations": -int(done * self.block)}, self._reduction_copies())
 
     def backward_ends(self) -> Parts:
         """All gradients are there, and the activations of one block."""
@@ -271,7 +283,8 @@ class _Rank:
             {"activations": self.block, "temporaries": self.temporaries + self._offload_norm()},
             {"gradients": held + (self._working_gradient() if self.stage > 1 else 0)},
             self._live_parameters(),
-            self._reducing() if self.stage > 1 or (self.stage == 1 and not self.resident) else {},
+            self._standing_buckets() if self.stage != 1 or not self.resident else {},
+            self._reduction_copies() if self.stage == 1 and not self.resident else {},
         )
 
     def reduction(self) -> Parts:
@@ -285,7 +298,8 @@ class _Rank:
             return {"gradients": whole, "buckets": 0 if self.alone else self.itemsize * copied}
         # The shard's buffer fills while the gradients that it takes are freed.
         shard = 0 if self.resident or self.layout.offload_optimizer else self.itemsize * self.m
-        return _sum({"gradients": whole + shard, "temporaries": self._offload_norm()}, self._reducing())
+        gradients = {"gradients": whole + shard, "temporaries": self._offload_norm()}
+        return _sum(gradients, self._standing_buckets(), self._reduction_copies())
 
     def optimizer_step(self) -> Parts:
         """Stages 1 and 2 join the shard's gradients, in fp32 where they are not; stage 3 steps on their buffer."""
@@ -309,29 +323,36 @@ class _Rank:
             return 0
         return DOUBLE * (self.largest if self.stage < 3 else -(-self.largest // self.layout.world_size))
 
-    def _reducing(self) -> Parts:
-        """Buckets while gradients are reduced, beyond what `states` holds."""
-        if self.stage == 0:
+    def _standing_buckets(self) -> Parts:
+        """What gradients are collected in during a backward pass; stage 3's bucket is one of the states."""
+        if self.stage not in (1, 2):
+            return {}
+        return {"buckets": self.itemsize * self._filled(self.layout.buckets.reduce) * (1 + self.layout.buckets.overlap)}
+
+    def _reduction_copies(self) -> Parts:
+        """What a full bucket is put together in, by the rank that its parts go to."""
+        if self.stage == 0 or self.alone:
             return {}
         bucket = self.itemsize * self._filled(self.layout.buckets.reduce)
-        gloo = bucket if self.resident and not self.alone and self.stage == 3 else 0
-        if self.stage == 3:  # the bucket's gradients are put together by destination
-            return {"buckets": 0 if self.alone else bucket, GLOO: gloo}
-        parts = 1 + int(self.layout.buckets.overlap)
-        # A bucket that spans two ranks' shards is joined into a copy.
-        return {"buckets": bucket * (parts + int(not self.alone))}
+        return {"buckets": bucket, GLOO: bucket if self.resident and self.stage == 3 else 0}
 
     def _live_parameters(self) -> Parts:
-        """Stage 3: what stays gathered up to its next use in half the reuse distance, is fetched ahead, and is used."""
+        """Stage 3: what is used now, what stays gathered up to its next use, and what is fetched ahead.
+
+        A parameter stays when its next use is nearer than half of `live` (the reuse distance that the writer sets), so
+        none stays across a module that is larger; and nothing is fetched ahead beyond `live`.
+        """
         if self.stage < 3:
             return {}
         if self.alone:  # a shard is the whole, and is used in place, unless it lies on the host
             live, staged = (self.module if self.layout.offload_parameters else 0), 0
         else:
-            buckets = self.layout.buckets
-            all_of_it = self.n - self.persistent
-            live = min(all_of_it, buckets.live // 2 + buckets.prefetch + self.module)
-            staged = min(all_of_it, buckets.prefetch)
+            buckets, all_of_it, near = self.layout.buckets, self.n - self.persistent, self.layout.buckets.live // 2
+            held = near if self.module <= near else 0
+            ahead = max(0, min(buckets.prefetch, buckets.live - held - self.module))
+            elsewhere = min(buckets.live, near + buckets.prefetch)  # while small modules are at work
+            live = min(all_of_it, max(held + self.module + ahead, elsewhere))
+            staged = min(all_of_it, ahead)
         gloo = {GLOO: self.itemsize * staged} if self.resident else {}
         return {"gathered parameters": self.itemsize * (live + staged), **gloo}
 

@@ -30,6 +30,17 @@ REMOVED_KEYS = (
     "progressive_layer_drop",
 )
 
+# Names that older releases took and 0.19 does not know: (last release that did, what to write instead). From the
+# history of DeepSpeed's own constants; those inside zero_optimization stand in keys.REFUSED.
+OLD_NAMES = {
+    "fp32_allreduce": ("0.5.7", 'write "communication_data_type": "fp32" instead'),
+    "allgather_size": ("0.6.7", "set zero_optimization.allgather_bucket_size instead"),
+    "zero_reduce_scatter": ("0.2.0", "expert gradients need it, which is the default; drop it"),
+    "zero_max_elements_per_comm": ("0.2.0", "set zero_optimization.reduce_bucket_size instead"),
+    "deepspeed_adam": ("0.3.0", "dsmoe.optimizer chooses the implementation; drop it"),
+    "seq_parallel_comm_data_type": ("0.16.4", "there is no sequence parallelism here; drop it"),
+}
+
 NOT_HERE = {
     "activation_checkpointing": "set dsmoe.activation_checkpointing to true or false instead",
     "tensorboard": "the run folder always gets a TensorBoard log; drop it",
@@ -137,6 +148,9 @@ def _check_keys(path: str, tree: dict) -> None:
     for key, value in tree.items():
         if key in REMOVED_KEYS:
             _fail(path, f"{key!r} was removed from DeepSpeed 0.19; drop it.")
+        if key in OLD_NAMES:
+            release, way_out = OLD_NAMES[key]
+            _fail(path, f"{key!r} is unknown to DeepSpeed since {release}; {way_out}.")
         if key in NOT_HERE:
             _fail(path, f"{key!r} is not taken here: {NOT_HERE[key]}.")
         if key not in known:

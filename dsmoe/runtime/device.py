@@ -112,6 +112,13 @@ class Device:
             return torch.cuda.get_device_properties(self.index).total_memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
+    def free_memory_bytes(self) -> int:
+        """Memory that new tensors can take: of the GPU, with what torch keeps for them; of the whole host on CPU."""
+        if self.kind == "cuda":
+            kept = torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
+            return torch.cuda.mem_get_info(self.index)[0] + kept
+        return host_free_bytes()
+
     def matmul_rate(self, dtype: torch.dtype, seconds: float = 0.3) -> float:
         """Measured rate of a large square matrix product, in FLOP/s, over about `seconds` after a warm-up."""
         side = 8192 if self.kind == "cuda" else 1024
@@ -136,6 +143,15 @@ class Device:
 def gpu_count() -> int:
     """GPUs that torch can use here."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def host_free_bytes() -> int:
+    """Memory of the host that could be had without swapping; all of it where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return Device("cpu").total_memory_bytes()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def datasheet_peak(name: str) -> float | None:

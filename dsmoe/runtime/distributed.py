@@ -119,6 +119,11 @@ def world_size(group: ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
+def ranks_on_this_host() -> int:
+    """Processes that share this host's memory, as the launcher said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the one that prints and writes shared files."""
     return rank() == 0
@@ -137,7 +142,7 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: ProcessGroup | Non
     only).
     """
     assert op in _REDUCTIONS, f"unknown reduction {op!r}"
-    if not dist.is_initialized():
+    if world_size(group) == 1:
         return tensor
     staged = _on_group_device(tensor)
     dist.all_reduce(staged, op=_REDUCTIONS[op], group=group)
@@ -150,7 +155,7 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: ProcessGroup | Non
 
 def all_gather_tensor(tensor: torch.Tensor, group: ProcessGroup | None = None) -> list[torch.Tensor]:
     """Every rank's tensor, in rank order, on the caller's device; shape and dtype equal on all ranks."""
-    if not dist.is_initialized():
+    if world_size(group) == 1:
         return [tensor.clone()]
     staged = _on_group_device(tensor)
     gathered = [torch.empty_like(staged) for _ in range(dist.get_world_size(group))]

@@ -58,7 +58,7 @@ def share_fp32_weights(engine: object) -> None:
     which torch leaves out. Offloaded weights lie on another device, and keep their copy on CPU too.
     """
     optimizer = engine.optimizer
-    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+    if engine.zero_cpu_offload():
         return
     if engine.zero_optimization_stage() == 3:
         stored = optimizer.fp16_partitioned_groups_flat

@@ -19,6 +19,8 @@ class Ema:
     def __init__(self, engine: Engine, decays: Mapping[str, float]) -> None:
         self.decays = dict(decays)
         self._engine = engine
+        self._place: tuple[int, ...] = ()
+        self._weights: list[torch.Tensor] = []
         self.averages = {
             name: [dataclasses.replace(f, tensor=f.tensor.clone()) for f in engine.fragments()] for name in decays
         }
@@ -33,8 +35,9 @@ class Ema:
         """Take the weights of the step just made into the averages; nothing where it was skipped (fp16 overflow)."""
         if not self._engine.stepped:
             return
-        # The views are asked for anew: offload and ZeRO-3 may hand out other storage after a step.
-        weights = [f.tensor for f in self._engine.fragments()]
-        if weights:
+        place = self._engine.master_place()
+        if place != self._place:  # offload and ZeRO-3 may hand out other storage after a step
+            self._place, self._weights = place, [f.tensor for f in self._engine.fragments()]
+        if self._weights:
             for name, decay in self.decays.items():
-                torch._foreach_lerp_([f.tensor for f in self.averages[name]], weights, 1.0 - decay)
+                torch._foreach_lerp_([f.tensor for f in self.averages[name]], self._weights, 1.0 - decay)

@@ -135,6 +135,11 @@ class Engine:
                 found.append(Fragment(name, shape, start + place.offset, flat, place.copies, place.copy))
         return found
 
+    def master_place(self) -> tuple[int, ...]:
+        """Where the master weights lie; while it stays the same, so do the views that `fragments` gives."""
+        owners = self.model.parameters() if self.stage == 0 else flat_partitions(self.engine.optimizer)
+        return tuple(owner.data_ptr() for owner in owners)
+
     def _state(self, owner: torch.Tensor, kind: str) -> torch.Tensor:
         found = owner if kind == MASTER else self.inner_optimizer.state[owner][kind]
         return found.detach().view(-1)

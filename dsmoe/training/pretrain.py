@@ -180,7 +180,7 @@ def _run_all(prepared: Prepared, lease: Lease, stop: StopRequest) -> None:
         ),
         watch=GradientWatch(engine.model.x_embedder, device),
         telemetry=telemetry,
-        sheets=SampleSheets(plan, prepared.codec, prepared.folder.samples, device),
+        sheets=SampleSheets(plan, prepared.codec, prepared.folder.samples, prepared.device),
         device=device,
         checkpoints=Checkpoints(plan, saver, stop, engine, ema, telemetry),
         start_step=start,
@@ -294,7 +294,7 @@ def _verify(lease: Lease) -> None:
 
 
 @distributed.on_main
-def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path, seconds: float) -> None:
+def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path | None, seconds: float) -> None:
     lease.verify()
     records = read_metrics(folder.metrics)
     draw_losses(records, folder.path / "loss.png", plan.recipe.name)
@@ -306,7 +306,7 @@ def _close(plan: Plan, folder: RunFolder, lease: Lease, sheet: Path, seconds: fl
     routing = [f"routing      python -m dsmoe routing {folder.path}"] * plan.recipe.model.is_moe
     for line in (
         f"done: {last['images_seen']:,} images in {seconds:.0f} s, loss {last['loss']:.4f}",
-        f"samples      {sheet}",
+        f"samples      {sheet or 'none: the whole model does not fit a rank'}",
         f"loss plot    {folder.path / 'loss.png'}",
         f"metrics      {folder.metrics}  (TensorBoard: tensorboard --logdir {folder.tensorboard})",
         *routing,

@@ -9,7 +9,7 @@ from dsmoe.base.errors import ConfigError
 from dsmoe.ds_config import load_policy
 from dsmoe.ds_config.keys import NESTED, PLAIN
 from dsmoe.ds_config.keys import REFUSED as REFUSED_IN_BLOCKS
-from dsmoe.ds_config.policy import NOT_HERE, OPTIMIZERS, REMOVED_KEYS
+from dsmoe.ds_config.policy import NOT_HERE, OLD_NAMES, OPTIMIZERS, REMOVED_KEYS
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
@@ -156,6 +156,38 @@ def test_keys_that_deepspeed_removed_are_named(refusal, key):
     message = refusal({key: {"enabled": True}})
     assert f"'{key}' was removed from DeepSpeed" in message
     assert "drop it" in message
+
+
+@pytest.mark.parametrize("key", OLD_NAMES)
+def test_names_of_older_releases_say_since_when_and_what_instead(refusal, key):
+    release, way_out = OLD_NAMES[key]
+    message = refusal({key: True})
+    assert f"'{key}' is unknown to DeepSpeed since {release}" in message
+    assert way_out in message
+
+
+def test_names_of_older_releases_are_unknown_to_the_installed_one():
+    from deepspeed.runtime import constants
+
+    assert not set(OLD_NAMES) & {value for value in vars(constants).values() if isinstance(value, str)}
+
+
+OLD_IN_ZERO = {
+    "cpu_offload": '"offload_optimizer"',
+    "cpu_offload_param": '"offload_param"',
+    "cpu_offload_params": '"offload_param"',
+    "elastic_checkpoint": "drop it",
+    "find_unused_parameters": '"ignore_unused_parameters"',
+    "legacy_stage1": "drop it",
+    "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
+}
+
+
+@pytest.mark.parametrize("key", OLD_IN_ZERO)
+def test_names_that_a_zero_block_had_say_what_instead(refusal, key):
+    message = refusal({"zero_optimization": {"stage": 3, key: True}})
+    assert f"'zero_optimization.{key}'" in message
+    assert OLD_IN_ZERO[key] in message
 
 
 @pytest.mark.parametrize("key", NOT_HERE)

@@ -74,6 +74,7 @@ def test_peak_memory_sees_an_allocation():
     # The old peak may have been above the present use, by at most itself; pages are counted in whole.
     assert 50_000_000 < grown <= block.numel() * 4 + 100_000_000
     assert cpu.total_memory_bytes() > cpu.max_memory_bytes()
+    assert 0 < cpu.free_memory_bytes() < cpu.total_memory_bytes()
 
 
 def test_matmul_rate_agrees_with_numpys():

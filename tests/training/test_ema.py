@@ -1,5 +1,6 @@
 """The moving averages against their closed form; sharding is shown by tests/training/test_layouts.py."""
 
+import pytest
 import torch
 
 from dsmoe.training.ema import Ema
@@ -9,24 +10,33 @@ DECAYS = {"ema": 0.9, "ema_0.5": 0.5}
 
 
 class _Engine:
-    """Weights of two parameters, the second owned in part, in fresh storage at every look."""
+    """Weights of two parameters, the second owned in part, that a step changes in place or moves elsewhere."""
 
     def __init__(self):
         self.weights = [torch.tensor([1.0, -2.0]), torch.tensor([4.0])]
         self.stepped = True
 
+    def step(self, generator, moves):
+        for i, weight in enumerate(self.weights):
+            update = torch.randn(weight.shape, generator=generator)
+            self.weights[i] = weight + update if moves else weight.add_(update)
+
+    def master_place(self):
+        return tuple(weight.data_ptr() for weight in self.weights)
+
     def fragments(self):
-        one, two = (w.clone() for w in self.weights)
+        one, two = self.weights
         return [Fragment("one", (2,), 0, one), Fragment("two", (3,), 1, two)]
 
 
-def test_every_average_is_the_geometric_sum_of_the_weights_it_saw():
+@pytest.mark.parametrize("moves", [False, True])
+def test_every_average_is_the_geometric_sum_of_the_weights_it_saw(moves):
     engine = _Engine()
     seen = [torch.cat(engine.weights).double()]
     ema = Ema(engine, DECAYS)
     generator = torch.Generator().manual_seed(0)
     for _ in range(25):
-        engine.weights = [w + torch.randn(w.shape, generator=generator) for w in engine.weights]
+        engine.step(generator, moves)
         seen.append(torch.cat(engine.weights).double())
         ema.update()
     for name, decay in DECAYS.items():
