@@ -93,6 +93,7 @@ _ABOVE_ZERO = ("reduce_bucket_size", "hysteresis", "loss_scale_window", "min_los
 _DTYPE_KEYS = ("communication_data_type", "grad_accum_dtype")
 _DTYPES = ("fp32", "bf16", "fp16")
 _REMOVED = "DeepSpeed 0.19 removed it; drop it"
+_FORMAT = "dsmoe writes weights and checkpoints itself; drop it"
 _MASTER = "dsmoe keeps fp32 master weights and moments; drop it"
 REFUSED = {
     "zero_optimization.compute_grad_norm": "the gradient norm is logged and checked; drop it",
@@ -112,6 +113,13 @@ REFUSED = {
     "zero_optimization.mics_shard_size": _REMOVED,
     "zero_optimization.mics_hierarchical_params_gather": _REMOVED,
     "zero_optimization.zeropp_loco_param": _REMOVED,
+    "zero_optimization.zenflow": "it applies gradients late, so the run would be another; drop it",
+    "zero_optimization.leaf_module": "an expert layer runs whole on every rank, wherever tokens go; drop it",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "the optimizer is AdamW; drop it",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _FORMAT,
+    "zero_optimization.elastic_checkpoint": _FORMAT,
+    "zero_optimization.pipeline_loading_checkpoint": _FORMAT,
+    "zero_optimization.legacy_stage1": "there is one stage 1; drop it",
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,

@@ -52,6 +52,15 @@ NOT_HERE = {
     "compile": "DeepCompile is not used; drop it",
     "expert_parallel": "set dsmoe.expert_parallel_size instead",
     "autotuning": "the batch is the recipe's and the launcher does not tune; drop it",
+    "comet": "metrics.jsonl holds every figure; drop it",
+    "sequence_parallel_size": "every rank sees whole images, and DeepSpeed shares no sequence with experts; drop it",
+    "seq_parallel_communication_data_type": "every rank sees whole images; drop it",
+    "tensor_parallel": "ZeRO shards matrices, dsmoe.expert_parallel_size spreads experts; drop it",
+    "pipeline": "every rank runs all blocks; drop it",
+    "use_data_before_expert_parallelism": "consecutive ranks share a set of experts, on a host's fast links; drop it",
+    "managed_gradient_accumulation": "the engine counts micro-batches, up to the recipe's global batch; drop it",
+    "hybrid_engine": "it generates text; drop it",
+    "weight_quantization": "weights are kept whole; drop it",
 }
 
 MAX_TIMEOUT_MINUTES = 100_000
@@ -179,7 +188,8 @@ def _offloaded(path: str, zero: dict, key: str) -> bool:
         return False
     device = block.get("device")
     if device not in ("none", "cpu"):
-        _fail(path, f'\'zero_optimization.{key}.device\' is {json.dumps(device)}; choose "none" or "cpu".')
+        why = " (DeepSpeed 0.19.8 cannot swap spread experts, and it would wear the disk)" if device == "nvme" else ""
+        _fail(path, f'\'zero_optimization.{key}.device\' is {json.dumps(device)}{why}; choose "none" or "cpu".')
     if device == "cpu" and zero["stage"] < (3 if key == "offload_param" else 1):
         needed = "3" if key == "offload_param" else "1, 2 or 3"
         _fail(path, f"'zero_optimization.{key}' needs stage {needed}, and stage is {zero['stage']}.")

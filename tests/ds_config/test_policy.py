@@ -143,12 +143,22 @@ def test_removed_keys_are_those_of_the_installed_deepspeed():
     assert {key for key, way_out in REFUSED_IN_BLOCKS.items() if "removed" in way_out} == of_zero
 
 
-@pytest.mark.parametrize("key", [k for k, way_out in REFUSED_IN_BLOCKS.items() if "removed" in way_out])
-def test_zero_keys_that_deepspeed_removed_are_named(refusal, key):
-    block, _, inner = key.partition(".")
-    message = refusal({block: {"stage": 3, inner: 2}})
-    assert f"'{key}'" in message
-    assert "DeepSpeed 0.19 removed it; drop it" in message
+def test_every_zero_key_of_the_installed_deepspeed_is_passed_on_or_refused_with_its_reason():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    refused = {key.split(".")[1] for key in REFUSED_IN_BLOCKS if key.startswith("zero_optimization.")}
+    assert names - set(NESTED["zero_optimization"]) <= refused
+
+
+@pytest.mark.parametrize("key", REFUSED_IN_BLOCKS)
+def test_keys_refused_inside_blocks_say_why(refusal, key):
+    blocks, _, inner = key.rpartition(".")
+    content = {inner: 2}
+    for block in reversed(blocks.split(".")):
+        content = {block: content}
+    message = refusal(content)
+    assert f"'{key}' is not taken here: {REFUSED_IN_BLOCKS[key]}." in message
 
 
 @pytest.mark.parametrize("key", REMOVED_KEYS)
@@ -231,7 +241,11 @@ REFUSED = [
         ("offload_optimizer' needs stage 1, 2 or 3", "0"),
     ),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ("offload_param' needs stage 3", "2")),
-    ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, ('"nvme"', '"none" or "cpu"')),
+    (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+        ('"nvme"', "spread experts", '"cpu"'),
+    ),
+    ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "gpu"}}}, ('"gpu"', '"none" or "cpu"')),
     # DeepSpeed's default is "none", so a block without a device would silently offload nothing.
     ({"zero_optimization": {"stage": 1, "offload_optimizer": {}}}, ("offload_optimizer.device' is null", '"cpu"')),
     ({"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}, ('offload_optimizer\' is "cpu"', "object")),

@@ -39,7 +39,7 @@ def finished(file: Path, argv: list, world: int, steps: int, expected: int) -> l
     Each line gets `world` and `commit`. AssertionError when a rank fails or `expected` lines did not come.
     """
     if not file.exists():
-        ranks = launch(argv, world, timeout=600, env={"LAYOUT_STEPS": str(steps)})
+        ranks = launch(argv, world, timeout=1800, env={"LAYOUT_STEPS": str(steps)})
         assert_succeeded(ranks)
         found = [json.loads(line[5:]) for line in ranks[0].stdout.splitlines() if line.startswith("CELL ")]
         assert len(found) == expected, found

@@ -4,7 +4,7 @@
 
 All 24 layouts of {1, 2, 4 processes} x {1, 2, 4 ranks a set of experts} x {ZeRO 0-3}, and 9 in bf16, are given a
 made-up state, selection biases and previous loads included, which must come out in the same bits, and train 20 steps
-on. 16 pairs of layouts, drawn with a fixed seed and each with a seed of its own, train 10 steps in the first, save,
+on. 12 pairs of layouts, drawn with a fixed seed and each with a seed of its own, train 10 steps in the first, save,
 load in the second and train 10 more. Every curve is compared with a bare torch loop (tests/training/injected_cells.py).
 Exit code 1 when bits are lost or a curve leaves the design's bounds. Started again it goes on where it was.
 """
@@ -21,7 +21,7 @@ from evidence import circumstances, figure, finished, options, outside, write_se
 from invariance_table import BOUNDS as FIGURES
 from layout_change import CELLS, HEAD, STEPS, WORLDS
 
-PAIRS, SEED = 16, 2027
+PAIRS, SEED = 12, 2027
 SPREADS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # processes, ranks a set of experts
 BOUNDS = {**FIGURES, "bias": 0.0}
 RATE = 0.002
@@ -45,7 +45,6 @@ class Layout(NamedTuple):
 
 LAYOUTS = [Layout(world, spread, stage) for world, spread in SPREADS for stage in range(4)]
 LOW = [Layout(world, spread, stage, "bf16") for world, spread in SPREADS for stage in (1, 2, 3) if spread > 1]
-WIDE_CELLS, LOW_CELLS = ([(layout, run) for layout in found for run in RUNS] for found in (LAYOUTS, LOW))
 
 
 def main(argv: list[str]) -> int:
@@ -53,21 +52,20 @@ def main(argv: list[str]) -> int:
     given = options(__doc__, argv, "docs/layout_change.md")
     drawn = random.Random(SEED)
     pairs = [drawn.sample(LAYOUTS, 2) for _ in range(PAIRS)]
-    injected = [(layout, move("inject", n, layout, run, 3)) for n, (layout, run) in enumerate(WIDE_CELLS)]
-    low = [(layout, move("inject", f"bf16-{n}", layout, run, 3)) for n, (layout, run) in enumerate(LOW_CELLS)]
+    injected = [(layout, move("inject", n, layout, run_of(layout), 3)) for n, layout in enumerate(LAYOUTS)]
+    low = [(layout, move("inject", f"bf16-{n}", layout, run_of(layout), 3)) for n, layout in enumerate(LOW)]
     firsts = [(one, move("first", n, one, RUNS[n % 2], 100 + n)) for n, (one, _) in enumerate(pairs)]
     seconds = [(other, move("second", n, other, RUNS[n % 2], 100 + n)) for n, (_, other) in enumerate(pairs)]
-    kept = given.results
-    narrow = launched(kept, "low", low)
-    wide, before, after = (
-        launched(kept, name, cells) for name, cells in (("inject", injected), ("before", firsts), ("after", seconds))
-    )
+    # bf16 first: ZeRO-3 puts another F.linear, which rounds bf16 differently, into a process for good.
+    begun = launched(given.results, "before", [*low, *injected, *firsts])
+    narrow, wide, before = begun[: len(LOW)], begun[len(LOW) : -PAIRS], begun[-PAIRS:]
+    after = launched(given.results, "after", seconds)
     rows = [*wide, *before, *after]
     ratio = statistics.mean(row["rms"] for row in narrow) / statistics.mean(row["plain_rms"] for row in narrow)
     bad = outside(rows, BOUNDS) + [row for row in (*rows, *narrow) if row["bad"]]
     decisions, flips = (sum(row[name] for row in rows) for name in ("decisions", "flips"))
     summary = (
-        f"{len(LAYOUTS)} layouts, {len(LOW)} of them in bf16 too, two runs in each, {PAIRS} moves; {len(bad)} with a "
+        f"{len(LAYOUTS)} layouts, {len(LOW)} of them in bf16 too, {PAIRS} moves; {len(bad)} with a "
         f"fault.\n{decisions:,} top-k choices compared in fp32, {flips} flips. bf16: {ratio:.2f} times the distance of "
         f"the bare bf16 loop from\nthe fp32 one, mean over the layouts; allowed {LIMIT:g}."
     )
@@ -80,10 +78,15 @@ def main(argv: list[str]) -> int:
     return 1 if bad or ratio > LIMIT else 0
 
 
+def run_of(layout: Layout) -> tuple:
+    """Of the two runs the one that this layout is given: either kind meets every stage and every spread of experts."""
+    return RUNS[(layout.stage + SPREADS.index((layout.world, layout.spread))) % 2]
+
+
 def move(what: str, name: object, layout: Layout, run: tuple, seed: int) -> list:
-    """A `Move` of injected_cells: every second stage accumulates over two micro-batches, of each kind another."""
+    """A `Move` of injected_cells; half of the layouts accumulate over two micro-batches."""
     source = f"experts-first-{name}" if what == "second" else ""
-    accumulation = 1 + (layout.stage + layout.spread // 2 + RUNS.index(run)) % 2
+    accumulation = 1 + (layout.stage // 2 + layout.spread // 2) % 2
     kind, scope, rate = run
     place = (layout.stage, accumulation, layout.setting, layout.spread)
     return [what, f"experts-{what}-{name}", source, *place, kind, scope, seed, rate]
@@ -103,8 +106,9 @@ def launched(results: Path, phase: str, cells: list[tuple[Layout, list]]) -> lis
 
 def figures(row: dict) -> str:
     """The columns of a curve."""
-    names = ("loss", "norm", "weights", "average", "bias")
-    return f"{len(row['bad'])} | {' | '.join(figure(row[name]) for name in names)} | {row['flips']}"
+    shown = [figure(row[name]) for name in ("loss", "norm", "weights", "average")]
+    shown.append(figure(row["bias"]) if row["cell"][-1] else "-")
+    return f"{len(row['bad'])} | {' | '.join(shown)} | {row['flips']}"
 
 
 def injected_table(rows: list[dict]) -> str:
@@ -114,7 +118,7 @@ def injected_table(rows: list[dict]) -> str:
         "| flips |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (layout, _), row in zip(WIDE_CELLS, rows, strict=True):
+    for layout, row in zip(LAYOUTS, rows, strict=True):
         cell = row["cell"]
         lines.append(f"| {layout.words} | {NAMES[cell[7]]} | {cell[4]} | {figures(row)} |")
     return "\n".join(lines)
@@ -126,7 +130,7 @@ def low_table(rows: list[dict]) -> str:
         "| layout, bf16 | run | accumulation | states with other bits | RMS of 20 losses | of the bare loop in bf16 |",
         "|---|---|---|---|---|---|",
     ]
-    for (layout, _), row in zip(LOW_CELLS, rows, strict=True):
+    for layout, row in zip(LOW, rows, strict=True):
         cell, distances = row["cell"], f"{row['rms']:.2e} | {row['plain_rms']:.2e}"
         lines.append(f"| {layout.words} | {NAMES[cell[7]]} | {cell[4]} | {len(row['bad'])} | {distances} |")
     return "\n".join(lines)
@@ -156,7 +160,7 @@ def state_section(text: str, low: str, summary: str, rows: list[dict]) -> str:
 As section 1, in every layout that four processes allow ("4 x ep 2": 4 processes, 2 of which share a set of the 4
 experts). The injected state also holds a selection bias of every router where the run balances by it, which moves at
 every step by a fixed amount ({RATE:g}) against the load: it must be the bare loop's in the same bits after the {STEPS}
-steps (`bias`, largest difference, 0 allowed). Two runs: SwiGLU experts and a shared one, balance scope
+steps (`bias`, largest difference, 0 allowed). Two runs take turns: SwiGLU experts and a shared one, balance scope
 `step`; GELU experts with biases, renormalised gates, selection bias and no balance loss. bf16 layouts must give the
 state back in the same bits too; their curve is judged as in docs/invariance.md, section 3, against the bare loop that
 goes on from the same state in bf16.

@@ -1,8 +1,9 @@
 """Run by every rank: saves and loads checkpoints across layouts. state_cells.py FOLDER CELLS, one JSON line a cell.
 
-A cell is [name, source, kind, scope, stage, accumulation, setting]. Without a source it trains HALF steps, saves
-FOLDER/name, trains on to the end and leaves losses and final weights there as the reference. With one it loads
-FOLDER/source, saves what it holds again for a comparison bit by bit, and trains the second half.
+A cell is [name, source, kind, scope, stage, accumulation, setting]; scope "bias" balances by a selection bias. Without
+a source it trains HALF steps, saves FOLDER/name, trains on to the end and leaves losses and final weights there as the
+reference. With one it loads FOLDER/source, saves what it holds again for a comparison bit by bit, and trains the second
+half.
 """
 
 import json
@@ -35,6 +36,7 @@ SETTINGS = {
     },
     "ep2": {"expert_parallel": 2},
     "bf16": {"bf16": {"enabled": True}},
+    "bf16_ep2": {"bf16": {"enabled": True}, "expert_parallel": 2},
     "bf16_accumulate_fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     "offload": {
         "zero_force_ds_cpu_optimizer": False,
@@ -130,7 +132,7 @@ def main():
     folder = Path(sys.argv[1])
     write_lease(folder)
     for name, source, kind, scope, stage, accumulation, setting in json.loads(sys.argv[2]):
-        science = recipe(kind, scope)
+        science = recipe(kind, "none", bias_rate=0.002) if scope == "bias" else recipe(kind, scope)
         if source:
             cell = resumed_cell(folder, name, source, science, stage, accumulation, setting)
         else:
