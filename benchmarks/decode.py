@@ -1,16 +1,18 @@
 """How fast are photos read? Folders, tars and parquet through our loader against a plain PIL loop over the same files.
 
-    python benchmarks/decode.py [--photos DIR] [--resolution 256] [--workers 0 1 2] [--turns 6]
+    python benchmarks/decode.py [--photos DIR] [--resolution 256] [--workers 0 1 2] [--turns 8]
         [--write benchmarks/results/NAME]
 
-DIR holds class folders; without it photos are made. All sides crop alike and run in one process tree, in turns, there
-and back, so that a drifting machine hits all alike; a side's loader waits, its queue full, while others have their
-turn, and what stood in the queue is taken before the clock starts. The files lie in the page cache: this measures
-decoding and our overhead, not a disk. Beside it: row groups of parquet decoded for each image, and the time to index.
+DIR holds class folders; without it photos are made. All sides crop alike. Each turn of a side is paired with one of the
+plain loop right before or after it, so that a drifting machine hits both alike; a loader waits, its queue full, while
+others have their turn, and what stood in the queue is taken before the clock starts. The files lie in the page cache:
+this measures decoding and our overhead, not a disk. Beside it: row groups of parquet decoded for each image, and the
+time to index.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -37,7 +39,6 @@ from dsmoe.data.order import BatchLayout, SampleOrder, requests
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, PREFETCH = 16, 2
-PLAIN = "plain PIL loop"
 SOURCES = {"image_folder": "folder", "webdataset": "tars", "parquet": "parquet"}
 GROUP = 100  # rows a group, as the hub's ImageNet has
 SETTLE_SECONDS = 0.7  # in which workers fill their queue
@@ -48,8 +49,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--photos", type=Path, help="class folders of real photos")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--turns", type=int, default=6, help="turns of each side")
-    parser.add_argument("--batches", type=int, default=8, help=f"batches of {BATCH} images in a turn")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each side")
+    parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} images in a turn")
     parser.add_argument("--write", type=Path, help="also write NAME.json and NAME.md")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -109,44 +110,52 @@ def write_parquet(path: Path, contents: list[bytes], labels: list[int]) -> None:
     pyarrow.parquet.write_table(table, path, row_group_size=GROUP)
 
 
-def take_turns(paths: dict[str, Path], given: argparse.Namespace) -> dict[str, list[float]]:
-    """Images a second of every side, one figure a turn."""
+def take_turns(paths: dict[str, Path], given: argparse.Namespace) -> list[dict]:
+    """Of every side, and of the plain loop beside it: images a second and CPU seconds of this process, by turn."""
     files = sorted(paths["image_folder"].glob("*/*"))
     wanted = SampleOrder(0, len(files)).items(torch.arange(64 * len(files))).tolist()
-    sides: dict[str, Callable[[], float]] = {PLAIN: plain_side(files, wanted, given)}
+    sides = []
     for source, path in paths.items():
         for workers in given.workers:
             dataset = build_dataset(source, path=path, resolution=given.resolution)
-            sides[f"{SOURCES[source]}, {workers} workers"] = loader_side(dataset, workers, given)
-    for turn in sides.values():  # imports, page cache, row groups, worker start
+            name = {"source": SOURCES[source], "workers": workers}
+            sides.append((name, loader_side(dataset, workers, given), {"ours": [], "plain": []}))
+    plain = plain_side(files, wanted, given)
+    for _, turn, _ in sides:  # imports, page cache, row groups, worker start
         turn()
-    rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(given.turns):
-        for name in list(sides) if number % 2 == 0 else reversed(sides):
-            time.sleep(SETTLE_SECONDS)
-            rates[name].append(sides[name]())
-    return rates
+        for name, turn, kept in sides if number % 2 == 0 else reversed(sides):
+            both = {"ours": turn, "plain": plain}
+            for which in both if number % 2 == 0 else reversed(both):
+                time.sleep(SETTLE_SECONDS if name["workers"] else 0)
+                kept[which].append(timed(both[which], given))
+    return [{**name, **kept} for name, _, kept in sides]
 
 
-def loader_side(dataset: object, workers: int, given: argparse.Namespace) -> Callable[[], float]:
+def timed(turn: Callable[[], None], given: argparse.Namespace) -> dict[str, float]:
+    turn(ready=True)
+    images, begun, cpu = given.batches * BATCH, time.perf_counter(), time.process_time()
+    turn()
+    elapsed, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    return {"rate": images / elapsed, "cpu": cpu / images}
+
+
+def loader_side(dataset: object, workers: int, given: argparse.Namespace) -> Callable[..., None]:
+    """Reads one turn's batches; with ready, only what the workers have read already."""
     order, layout = SampleOrder(0, len(dataset)), BatchLayout(global_batch=BATCH, micro_batch=BATCH)
     loader = BatchLoader(dataset, order, layout, num_steps=100_000, workers=workers, prefetch=PREFETCH)
     batches = iter(loader)
 
-    def turn() -> float:
-        for _ in range(workers * PREFETCH):
+    def turn(ready: bool = False) -> None:
+        for _ in range(workers * PREFETCH if ready else given.batches):
             next(batches)
-        begun = time.perf_counter()
-        for _ in range(given.batches):
-            next(batches)
-        return given.batches * BATCH / (time.perf_counter() - begun)
 
     return turn
 
 
-def plain_side(files: list[Path], wanted: list[int], given: argparse.Namespace) -> Callable[[], float]:
+def plain_side(files: list[Path], wanted: list[int], given: argparse.Namespace) -> Callable[..., None]:
     """What one would write by hand: open, convert, ADM's crop, stack."""
-    size, items = given.resolution, iter(wanted)
+    size, items = given.resolution, itertools.cycle(wanted)
 
     def one(path: Path) -> np.ndarray:
         image = Image.open(path).convert("RGB")
@@ -157,12 +166,10 @@ def plain_side(files: list[Path], wanted: list[int], given: argparse.Namespace) 
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
-    def turn() -> float:
-        begun = time.perf_counter()
-        for _ in range(given.batches):
+    def turn(ready: bool = False) -> None:
+        for _ in range(0 if ready else given.batches):
             images = np.stack([one(files[next(items)]) for _ in range(BATCH)])
             torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        return given.batches * BATCH / (time.perf_counter() - begun)
 
     return turn
 
@@ -235,24 +242,29 @@ def spread(values: list[float]) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
+def row(side: dict) -> str:
+    ours, plain = side["ours"], side["plain"]
+    ratios = [a["rate"] / b["rate"] for a, b in zip(ours, plain, strict=True)]
+    cpu = [a["cpu"] / b["cpu"] for a, b in zip(ours, plain, strict=True)]
+    rates = (spread([turn["rate"] for turn in which]) for which in (ours, plain))
+    columns = [side["source"], str(side["workers"]), *rates, spread(ratios), spread(cpu) if not side["workers"] else ""]
+    return f"| {' | '.join(columns)} |"
+
+
 def report(found: dict, given: argparse.Namespace) -> str:
-    about, rates = found["about"], found["images_per_second"]
+    about = found["about"]
     lines = [
         f"# Reading photos, {date.today()}",
         "",
-        f"`python benchmarks/decode.py{' --photos DIR' * bool(given.photos)}`: {about['photos']} of "
+        f"`PYTHONPATH=. python benchmarks/decode.py{' --photos DIR' * bool(given.photos)}`: {about['photos']} of "
         f"{about['mean_kilobytes']} kB on average, cropped to {about['resolution']} pixels. {about['machine']}; "
-        f"{about['versions']}; commit {about['commit']}; load average at the start {about['load']}. Median and "
-        f"quartiles of {given.turns} turns of {given.batches * BATCH} images a side, there and back; the ratio is "
-        "taken turn by turn. The files are in the page cache.",
+        f"{about['versions']}; commit {about['commit']}; load average before {about['load']}. Median and quartiles of "
+        f"{given.turns} turns of {given.batches * BATCH} images, each paired with a turn of a plain PIL loop over the "
+        "same files; ratios are taken pair by pair. The files are in the page cache.",
         "",
-        "| side | images/s | against the plain loop |",
-        "|---|---|---|",
-    ]
-    for name, values in rates.items():
-        ratios = [a / b for a, b in zip(values, rates[PLAIN], strict=True)]
-        lines.append(f"| {name} | {spread(values)} | {'1' if name == PLAIN else spread(ratios)} |")
-    lines += [
+        "| source | workers | images/s | plain loop, images/s | ours / plain | CPU time an image, ours / plain |",
+        "|---|---|---|---|---|---|",
+        *map(row, found["images_per_second"]),
         "",
         "Row groups of parquet that rank 0 decodes for each image, groups of 100 rows, global batch 256, and a cache "
         "that holds 48 groups (512 MiB of ImageNet's); 0.01 is each group once:",
