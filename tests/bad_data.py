@@ -1,9 +1,13 @@
 """The ways in which the data section and the files it names can be wrong; for test_bad_input, as bad_inputs."""
 
+import importlib.util
+
 from bad_inputs import Case, override
 from made_images import png
 
 IMAGE = png(0)
+HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
+NO_PARQUET = ("a.parquet' is no parquet", "copy it again") if HAS_PYARROW else ("pip install pyarrow",)
 
 
 def photos(name, files, *, says, path="photos"):
@@ -63,9 +67,7 @@ CASES = [
         "data.path=t-1.tar",
         says=("data.path is given 2 times", "in quotes"),
     ),
-    shards(
-        "no parquet", "a.parquet", {"a.parquet": "x" * 99}, source="parquet", says=("a.parquet' is no parquet", "again")
-    ),
+    shards("no parquet", "a.parquet", {"a.parquet": "x" * 99}, source="parquet", says=NO_PARQUET),
     shards(
         "label map missing",
         "a",

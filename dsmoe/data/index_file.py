@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dsmoe.base.errors import DataError
 from dsmoe.data.item_index import ItemIndex, concatenate
 from dsmoe.runtime.logging import Progress, get_logger
@@ -57,7 +59,15 @@ def kept_index(kind: str, root: Path, shards: Sequence[Shard], scan: Scan, folde
     for place in places:
         if (index := ItemIndex.load(place, stamp=stamp)) is not None:
             return index
-    return _make(_writable(places, folder), kind, shards, scan)
+    place = _writable(places, folder)
+    try:
+        return _make(place, stamp, kind, shards, scan)
+    except (OSError, SafetensorError) as error:
+        if (index := ItemIndex.load(place, stamp=stamp)) is not None:  # without locks, another may have been faster
+            return index
+        raise DataError(
+            f"cannot write the index {str(place)!r}: {error}; make room or give data.index_folder."
+        ) from error
 
 
 def _places(kind: str, root: Path, shards: Sequence[Shard], folder: str | None) -> list[Path]:
@@ -127,9 +137,9 @@ def _stamp(shards: Sequence[Shard]) -> str:
     return json.dumps([[shard.name, shard.size, shard.changed_ns] for shard in shards])
 
 
-def _make(place: Path, kind: str, shards: Sequence[Shard], scan: Scan) -> ItemIndex:
+def _make(place: Path, stamp: str, kind: str, shards: Sequence[Shard], scan: Scan) -> ItemIndex:
     """Scan what nobody else is scanning, wait for the rest, join the parts."""
-    stamp, size = _stamp(shards), -(-len(shards) // PARTS)
+    size = -(-len(shards) // PARTS)
     pieces = [shards[first : first + size] for first in range(0, len(shards), size)]
     progress = Progress(f"indexing {kind}", len(shards), "shards")
     with _locks(place) as locks:

@@ -18,13 +18,14 @@ def shard_files(path: str, ending: str) -> tuple[Path, list[Shard]]:
 
     path: a folder (its own *ENDING files), a file, a glob, or a brace range train-{0000..1023}ENDING, all with ~ for
     the home. Shards are named by their path below the folder. DataError when there are none, when a file of a range is
-    missing, or when a folder holds the files of several sets, such as train and validation.
+    missing, or when a folder holds the files of several sets, such as train and validation, or not all of one.
     """
     want = f"give a folder of {ending} files, a glob 'DIR/train-*{ending}' or a range 'DIR/{{000..999}}{ending}'"
     text = os.path.expanduser(path)
     if Path(text).is_dir():
         files = sorted(p for p in Path(text).iterdir() if p.name.endswith(ending) and not p.name.startswith("."))
         _refuse_several_sets(path, files, ending)
+        _refuse_gaps(path, files, ending)
     elif _RANGE.search(text):
         files = [Path(name) for name in _expand(path, text)]
         if missing := [file for file in files if not file.is_file()]:
@@ -41,7 +42,9 @@ def shard_files(path: str, ending: str) -> tuple[Path, list[Shard]]:
     else:
         files = [Path(text)]
     if not files:
-        raise DataError(f"data.path {path!r} means no {ending} file; {want}.")
+        below = next((str(file.parent) for file in sorted(Path(text).glob(f"*/*{ending}"))), None)
+        hint = f"data.path={below} holds some, or {want}" if below else want
+        raise DataError(f"data.path {path!r} means no {ending} file; {hint}.")
     if wrong := [file for file in files if not (file.name.endswith(ending) and file.is_file())]:
         raise DataError(f"data.path {path!r} means {str(wrong[0])!r}, which is no {ending} file; {want}.")
     root = Path(os.path.commonpath([file.parent for file in files]))
@@ -70,4 +73,14 @@ def _refuse_several_sets(path: str, files: list[Path], ending: str) -> None:
         raise DataError(
             f"data.path {path!r} holds {ending} files of {len(sets)} sets ({shown}); choose one by a glob in quotes: "
             f"'data.path={os.path.join(path, likely)}'."
+        )
+
+
+def _refuse_gaps(path: str, files: list[Path], ending: str) -> None:
+    """Names such as train-00017-of-00294 say how many there should be: a copy that stopped halfway."""
+    totals = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))}
+    if len(totals) == 1 and len(files) < max(totals):
+        raise DataError(
+            f"data.path {path!r} holds {len(files)} of {max(totals)} {ending} files; copy the others, or take what is "
+            f"there by a glob in quotes: 'data.path={os.path.join(path, '*' + ending)}'."
         )

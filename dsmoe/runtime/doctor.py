@@ -20,6 +20,7 @@ from dsmoe.runtime.device import Device, gpu_count
 _PACKAGES = (
     ("deepspeed", "no training"),
     ("diffusers", "no Stable Diffusion codec"),
+    ("pyarrow", "no parquet data"),
     ("mpi4py", "not needed: mpirun is understood without it"),
     ("apex", "not needed: fused optimizers come from torch and DeepSpeed"),
     ("megatron-core", "not needed: its permutation can be preferred (dsmoe.ops in a ds_config), and tests compare"),

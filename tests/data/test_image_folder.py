@@ -10,7 +10,7 @@ from PIL import Image, ImageFile
 from shared_data import require
 
 from dsmoe.base.errors import ConfigError, DataError
-from dsmoe.data import build_dataset
+from dsmoe.data import build_dataset, image_folder
 from dsmoe.data.dataset import FaultReporter
 from dsmoe.data.encoded_images import MIN_BAD
 from dsmoe.data.image_folder import ImageFolder
@@ -253,6 +253,29 @@ def test_pickles_small(tmp_path: Path) -> None:
     content = pickle.dumps(dataset)
     assert len(content) < 300 * (8 + 4 + 8) + 2000  # name, label, offset a file
     assert np.array_equal(pickle.loads(content).read(4)[0], dataset.read(4)[0])
+
+
+def test_a_large_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_folder, "KEPT_FROM", 20)
+    root = good_and_bad(tmp_path / "data", 60, {4}, classes=6)
+    listed, scandir = [], image_folder.os.scandir
+    monkeypatch.setattr(
+        image_folder.os, "scandir", lambda path: listed.append(str(path).split("/")[-1]) or scandir(path)
+    )
+    first = ImageFolder(root, 8)
+    assert [name for name in listed if name.startswith("c")].count("c5") == 1
+    listed.clear()
+    again = ImageFolder(root, 8, index_folder=None)
+    assert "c5" not in listed  # only as many as it takes to see that the folder is large
+    names = [first.name(i) for i in range(60)]
+    assert [again.name(i) for i in range(60)] == names
+    assert names[59] == "c5/0059.png"
+    assert first.fingerprint == again.fingerprint
+    assert again.read(59)[1] == 5
+    folder(root, {"c5/0060.png": png(60, 8, 8)})  # the folder's time of change tells
+    assert len(ImageFolder(root, 8)) == 61
+    monkeypatch.setattr(image_folder, "KEPT_FROM", 1000)
+    assert len(ImageFolder(root, 8)) == 61
 
 
 def test_real_photos() -> None:

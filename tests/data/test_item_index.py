@@ -202,3 +202,12 @@ def test_without_file_locks_every_process_works_alone(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(index_file.fcntl, "lockf", no_locks)
     assert len(kept_index("made", tmp_path, _shards(tmp_path, 3), _scan)) == 6
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ItemIndex, path: Path, **metadata: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ItemIndex, "save", full)
+    with pytest.raises(DataError, match=r"cannot write the index .*: .*No space left on device; make room or give"):
+        kept_index("made", tmp_path, _shards(tmp_path, 3), _scan)

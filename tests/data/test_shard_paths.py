@@ -34,6 +34,12 @@ def test_a_folder_a_file_a_glob_and_a_range(tmp_path: Path, monkeypatch: pytest.
     assert [shard.size for shard in shards] == [7, 7, 8]
 
 
+def test_the_hubs_sub_folder_is_pointed_at(tmp_path: Path) -> None:
+    made(tmp_path, "hub/data/train-0-of-1.parquet", "hub/README.md")
+    with pytest.raises(DataError, match=r"means no .parquet file; data.path=.*/hub/data holds some, or give a folder"):
+        names(tmp_path / "hub", ".parquet")
+
+
 def test_ranges_keep_their_zeros_and_multiply(tmp_path: Path) -> None:
     made(tmp_path, *(f"{a}/t-{b:04d}.tar" for a in range(2) for b in range(8, 12)))
     assert names(tmp_path / "{0..1}" / "t-{0008..0011}.tar") == [
@@ -52,11 +58,14 @@ def test_ranges_keep_their_zeros_and_multiply(tmp_path: Path) -> None:
         ("none-*.tar", "means no .tar file; give"),
         ("t-0.tgz", "means .*t-0.tgz', which is no .tar file; give"),
         ("empty", "means no .tar file; give a folder"),
+        ("half", r"holds 2 of 3 .tar files; copy the others, or take what is there by a glob .*/half/\*.tar'"),
         ("both", r"holds .tar files of 2 sets \(train-\*.tar, val-\*.tar\); .* 'data.path=.*/both/train-\*.tar'"),
     ],
 )
 def test_paths_that_mean_nothing(tmp_path: Path, path: str, message: str) -> None:
-    made(tmp_path, "t-0.tar", "t-1.tar", "t-0.tgz", "both/train-0.tar", "both/train-1.tar", "both/val-0.tar", "empty/x")
+    made(tmp_path, "t-0.tar", "t-1.tar", "t-0.tgz", "both/train-0.tar", "both/train-1.tar", "both/val-0.tar", "empty/x",
+         "half/t-0-of-3.tar", "half/t-2-of-3.tar")  # fmt: skip
+    assert names(tmp_path / "half" / "*.tar") == ["t-0-of-3.tar", "t-2-of-3.tar"]
     with pytest.raises(DataError, match=message) as caught:
         names(tmp_path / path)
     assert "\n" not in str(caught.value)

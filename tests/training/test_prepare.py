@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from made_images import png
 from made_plan import RECIPE_FILE
+from made_shards import parquet
 
 from dsmoe import ops
 from dsmoe.base.errors import ConfigError
@@ -82,6 +84,25 @@ def test_the_plan_says_what_is_predicted_and_how_it_is_noised(tmp_path, monkeypa
     engine = config(tmp_path, zero_optimization={"stage": 1})
     plan = prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml", *changes], ""), discover({})).plan
     assert [plan.schedule[key] for key in ("objective", "noise schedule", "noising")] == lines
+
+
+def test_the_plan_says_what_data_was_found_and_what_parquet_costs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE_FILE)
+    parquet(tmp_path / "data" / "t-0.parquet", [png(i, 8, 8) for i in range(6)], range(6), group=4)
+    engine = config(tmp_path, zero_optimization={"stage": 1})
+    given = ["data.source=parquet", "data.path=data", "data.size=null", "codec.cache=none"]
+
+    def planned(*more):
+        command = parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml", *given, *more], "")
+        return prepare(command, discover({})).plan
+
+    items, blocks = planned(), planned("data.shuffle_block=4")
+    assert "data                        parquet data, 6 images, 6 classes, 32 px\n" in describe(items)
+    assert "parquet data, 6 images, 6 classes, 32 px, in blocks of 4\n" in describe(blocks)
+    assert any("row group, up to 4 images; data.shuffle_block=4 reads" in line for line in items.warnings)
+    assert not any("row group" in line for line in blocks.warnings)
+    assert items.science_hash != blocks.science_hash
 
 
 def test_the_plan_counts_the_memory_of_its_layout(tmp_path, monkeypatch):
