@@ -118,7 +118,8 @@ def test_the_plan_is_the_same_science_and_names_come_from_the_cache(place):
     assert cached.science_hash == images.science_hash
     assert (cached.data, cached.model, cached.codec) == (images.data, images.model, images.codec)
     assert any("cache_latents.py --out DIR --recipe photos" in text for text in images.warnings)
-    assert not any("cache" in text for text in cached.warnings)
+    assert not any("cache_latents" in text for text in cached.warnings)
+    assert any("photos is not here" in text for text in cached.warnings)
 
 
 def test_a_missing_cache_names_the_command_that_builds_it(place):
