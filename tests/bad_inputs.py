@@ -268,6 +268,18 @@ CONTRADICTIONS = [
         "data.size=2000000000",
         says=("codec.cache memory", "2000000000 images at 512 pixels", "the limit is 4 GiB", "codec.cache=none"),
     ),
+    override(
+        "latent cache that is not there",
+        "codec.cache=disk",
+        "codec.cache_path=nowhere",
+        says=("latent cache nowhere does not exist", "build it: python launchers/cache_latents.py --out DIR --recipe"),
+    ),
+    Case(
+        name="latent cache that is something else",
+        args=("codec.cache=disk", "codec.cache_path=full"),
+        files={"full/x": b"x"},
+        says=("latent cache full holds no manifest.json", "build it: python launchers/cache_latents.py"),
+    ),
     engine("batch of another size", {"train_batch_size": 64}, says=("'train_batch_size' is 64", "128", 'write "auto"')),
     engine(
         "product that is no batch",

@@ -87,7 +87,7 @@ class CodecSpec:
     path: str | None = None
     cache: str = field(default="none", metadata=_POLICY)
     cache_path: str | None = field(default=None, metadata=_POLICY)
-    cache_dtype: str = field(default="float32", metadata=_POLICY)
+    cache_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _one_of("codec.cache", self.cache, CACHES)

@@ -98,6 +98,10 @@ class CacheHeader:
         """File name of a shard."""
         return f"latents-{shard:05d}-of-{self.shards:05d}.safetensors"
 
+    def shard_shape(self, shard: int) -> tuple[int, ...]:
+        """Shape of its moments."""
+        return len(self.shard_range(shard)), self.views, self.moments, *self.latent
+
     def shard_range(self, shard: int) -> range:
         """Its items."""
         return range(shard * self.shard_items, min((shard + 1) * self.shard_items, self.items))
@@ -156,7 +160,7 @@ class LatentCache:
         self._moments: list[Tensor] = []
         self._labels: list[Tensor] = []
         for shard in range(self.header.shards):
-            tensors = _mapped(self.folder / self.header.shard_name(shard))
+            tensors = _mapped(self.folder / self.header.shard_name(shard), self.header.shard_shape(shard))
             self._moments.append(tensors["moments"].flatten(0, 1))
             self._labels.append(tensors["labels"])
 
@@ -201,7 +205,9 @@ def read_manifest(folder: Path, build_command: str = _COMMAND) -> dict:
     path = folder / MANIFEST
     try:
         content = unseal(path.read_text(encoding="utf-8"), FORMAT)
-        CacheHeader.from_dict(content)
+        header = CacheHeader.from_dict(content)
+        if [shard["name"] for shard in content["shards"]] != [header.shard_name(s) for s in range(header.shards)]:
+            raise ValueError("its shards are not those of its header")
         return content
     except FileNotFoundError:
         state = "is not complete" if (folder / BUILDING).is_dir() else "does not exist"
@@ -217,10 +223,13 @@ def read_manifest(folder: Path, build_command: str = _COMMAND) -> dict:
         ) from error
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
-    """Tensors whose bytes stay in the file until they are touched."""
+def _mapped(path: Path, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Tensors whose bytes stay in the file until they are touched; shape: of the moments."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in ("moments", "labels")}
+            tensors = {key: file.get_tensor(key) for key in ("moments", "labels")}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is damaged or no safetensors file ({error}); restore it.") from error
+    if tensors["moments"].shape != shape or tensors["labels"].shape != shape[:1]:
+        raise DataError(f"{path} holds moments {list(tensors['moments'].shape)} instead of {list(shape)}; restore it.")
+    return tensors

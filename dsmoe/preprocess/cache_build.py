@@ -5,6 +5,7 @@ a collective, whose time limit a long shard could outlast. What a shard holds de
 encoded in batches of one size, cut at multiples of it, the last one padded.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -152,14 +153,13 @@ class _Shard:
     """A shard in memory while it fills up, batch by batch in item order."""
 
     def __init__(self, header: CacheHeader, number: int) -> None:
-        count = len(header.shard_range(number))
-        shape = (count, header.views, header.moments, *header.latent)
+        shape = header.shard_shape(number)
         self.number, self._filled = number, 0
         self.faults: list[Fault] = []
         self.tensors = {
             "moments": torch.zeros(shape, dtype=DTYPES[header.dtype]),
-            "labels": torch.zeros(count, dtype=torch.int64),
-            "damaged": torch.zeros(count, dtype=torch.bool),
+            "labels": torch.zeros(shape[0], dtype=torch.int64),
+            "damaged": torch.zeros(shape[0], dtype=torch.bool),
         }
         self._first = header.shard_range(number).start
 
@@ -181,6 +181,7 @@ def _write(job: Job, made: _Shard, lease: Lease) -> None:
     try:
         job.folder.write(made.number, made.tensors, made.faults, lease)
     except OSError as error:
+        lease.verify()  # a later job removes what an earlier one has not finished
         raise DataError(
             f"{job.folder.path / job.header.shard_name(made.number)} cannot be written ({error.strerror or error}); "
             "the finished shards stay: mend it and give the same command again."
@@ -230,6 +231,11 @@ def _look_up(job: Job) -> None:
 
 def _tell_others(board: distributed.Board, error: Exception) -> None:
     """Post what went wrong here, unless it came from the board, and give the others time to read it."""
+    with contextlib.suppress(TrainingFailure):  # rank 0 has gone, and the board with it
+        _post_failure(board, error)
+
+
+def _post_failure(board: distributed.Board, error: Exception) -> None:
     if board.line("failure") is None:
         kind = "user" if isinstance(error, UserError) else "other"
         text = str(error) if isinstance(error, UserError | TrainingFailure) else f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsmoe.base.command_line import Parser
-from dsmoe.base.errors import ConfigError, DataError, TrainingFailure
+from dsmoe.base.errors import ConfigError, DataError, TrainingFailure, UserError
 from dsmoe.base.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from dsmoe.base.sealed import difference
 from dsmoe.codec import build as build_codec
@@ -27,6 +27,8 @@ from dsmoe.runtime.stopping import EXIT_STOPPED, StopRequest
 
 SHARD_MIB = 1024.0
 GPU_WORKERS = 8
+# Launchers end all ranks as soon as one has ended, so the others give rank 0 this long to say why.
+PATIENCE_SECONDS = 5.0
 
 
 class _Parser(Parser):
@@ -60,6 +62,15 @@ def parser(description: str) -> Parser:
 
 def work(options: argparse.Namespace, device: Device) -> int:
     """Build or verify on this rank; the exit code."""
+    try:
+        return _work(options, device)
+    except UserError:
+        if not distributed.is_main():
+            time.sleep(PATIENCE_SECONDS)
+        raise
+
+
+def _work(options: argparse.Namespace, device: Device) -> int:
     if options.verify is not None:
         if options.out is not None or options.overrides:
             raise ConfigError("--verify takes a folder and nothing else; leave out --out and key=value.")

@@ -1,9 +1,12 @@
 """Training from a latent cache: whether it is the cache of this run, and its micro-batches. Not here: building one."""
 
+import os
+import re
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +35,15 @@ def training_images(recipe: Recipe) -> ImageDataset:
         label_map=data.label_map,
         index_folder=data.index_folder,
     )
+
+
+def images_are_here(recipe: Recipe) -> bool:
+    """Whether this machine has what data.path names; of a pattern of files, its folder."""
+    if recipe.data.path is None:
+        return True
+    plain = re.split(r"[*?\[{]", recipe.data.path)[0]
+    path = Path(recipe.data.path if plain == recipe.data.path else os.path.dirname(plain) or ".")
+    return path.expanduser().exists()
 
 
 def open_cache(recipe: Recipe, codec: Codec, images: ImageDataset | None, build_command: str) -> LatentCache:

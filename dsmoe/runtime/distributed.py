@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
-from dsmoe.base.errors import ConfigError
+from dsmoe.base.errors import ConfigError, TrainingFailure
 from dsmoe.runtime import extension_cache
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.launch_environment import LaunchPlace, discover, export, stated_rank
@@ -213,8 +213,8 @@ def broadcast_object(value: object, source: int = 0) -> object:
 class Board:
     """Counters and lines that ranks leave for each other without waiting, for work too uneven for collectives.
 
-    name: boards of one name are one board. It lives in the process group's store, on rank 0: nothing can be read
-    once that has gone (RuntimeError).
+    name: boards of one name are one board. It lives in the process group's store, on rank 0: once that has gone every
+    call raises TrainingFailure.
     """
 
     def __init__(self, name: str) -> None:
@@ -223,19 +223,28 @@ class Board:
 
     def add(self, counter: str, amount: int = 1) -> int:
         """Add to a counter, which begins at 0; its new value. Each value is returned once only, whoever asks."""
-        return self._store.add(counter, amount)
+        return self._ask(lambda: self._store.add(counter, amount))
 
     def count(self, counter: str) -> int:
         """Its value now."""
-        return self._store.add(counter, 0)
+        return self.add(counter, 0)
 
     def post(self, key: str, line: str) -> None:
         """Leave a line, in place of one that is there."""
-        self._store.set(key, line)
+        self._ask(lambda: self._store.set(key, line))
 
     def line(self, key: str) -> str | None:
         """The line left there, None when there is none yet."""
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+
+    @staticmethod
+    def _ask(question: Callable[[], _R]) -> _R:
+        try:
+            return question()
+        except dist.DistError as error:
+            raise TrainingFailure(
+                f"rank 0, which holds the ranks' board, has gone ({type(error).__name__})."
+            ) from error
 
 
 def on_main(function: Callable[_P, _R]) -> Callable[_P, _R | None]:

@@ -25,7 +25,7 @@ from dsmoe.data.dataset import ImageDataset
 from dsmoe.data.latent_cache import LatentCache
 from dsmoe.diffusion import make_objective
 from dsmoe.ds_config import Batch, EnginePolicy, check_policy, layout_of, load_policy, resolve_batch
-from dsmoe.preprocess.disk import open_cache, training_images
+from dsmoe.preprocess.disk import images_are_here, open_cache, training_images
 from dsmoe.preprocess.memory import check_budget
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.distributed import LaunchPlace
@@ -140,8 +140,8 @@ def _open_data(command: Command, recipe: Recipe, codec: Codec) -> ImageDataset |
     """The images; with codec.cache disk the cache, held against the images where they are on this machine."""
     if recipe.codec.cache != "disk":
         return training_images(recipe)
-    absent = recipe.data.path is not None and not Path(recipe.data.path).expanduser().exists()
-    return open_cache(recipe, codec, None if absent else training_images(recipe), _cache_command(command))
+    images = training_images(recipe) if images_are_here(recipe) else None
+    return open_cache(recipe, codec, images, _cache_command(command))
 
 
 def _cache_command(command: Command) -> str:
@@ -256,6 +256,8 @@ def _warnings(
             f"each image is read and sent through codec {recipe.codec.name} {recipe.train.images / items:.3g} times; "
             f"once with {cache_command} and then codec.cache=disk codec.cache_path=DIR."
         )
+    if recipe.codec.cache == "disk" and not images_are_here(recipe):
+        found.append(f"data.path {recipe.data.path} is not here: that the cache holds its images is not checked.")
     if recipe.codec.cache == "disk" and recipe.codec.cache_dtype != "float32":
         found.append(f"latents are rounded to {recipe.codec.cache_dtype}: not the run that images give.")
     if policy.offload_parameters and policy.stage == 3:

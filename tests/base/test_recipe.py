@@ -23,7 +23,7 @@ from dsmoe.base.recipe import (
 )
 
 # What may change without changing what the weights become (design decisions 1 and 2): fields, and whole sections.
-POLICY = {"name", "description", "data.max_bad_fraction", "data.index_folder", "codec.cache"}
+POLICY = {"name", "description", "data.max_bad_fraction", "data.index_folder", "codec.cache", "codec.cache_path"}
 POLICY_SECTIONS = {"report", "checkpoint"}
 
 
@@ -184,7 +184,10 @@ REFUSED = [
     (["data.resolution=4"], ("data.resolution", "4", "at least 8")),
     (["data.size=0"], ("data.size", "0", "at least 1")),
     (["data.max_bad_fraction=1.5"], ("data.max_bad_fraction", "1.5", "[0, 1]")),
-    (["codec.cache=disk"], ("codec.cache", "'disk'", "memory")),
+    (["codec.cache=disc"], ("codec.cache", "'disc'", "memory, disk")),
+    (["codec.cache=disk"], ("codec.cache_path is missing", "codec.cache_path=DIR", "launchers/cache_latents.py")),
+    (["codec.cache_path=x"], ("codec.cache_path is 'x'", "codec.cache is memory", "codec.cache_path=null")),
+    (["codec.cache_dtype=int8"], ("codec.cache_dtype", "'int8'", "float32, float16, bfloat16")),
     (["diffusion.prediction=noise"], ("diffusion.prediction", "'noise'", "epsilon, v, x0, velocity")),
     (["diffusion.time_density=normal"], ("diffusion.time_density", "'normal'", "logit_normal")),
     (["diffusion.noise=pyramid"], ("diffusion.noise", "'pyramid'", "multi_resolution")),

@@ -13,7 +13,7 @@ from dsmoe.base.errors import ConfigError
 from dsmoe.data.latent_cache import LatentCache
 from dsmoe.data.loader import BatchLoader
 from dsmoe.data.order import BatchLayout, SampleOrder
-from dsmoe.preprocess.disk import AHEAD, DiskLatents, open_cache
+from dsmoe.preprocess.disk import AHEAD, DiskLatents, images_are_here, open_cache
 from dsmoe.preprocess.memory import posterior_of
 from dsmoe.tasks.class_conditional import ClassConditional
 
@@ -92,6 +92,24 @@ def test_the_right_cache_opens_with_images_and_without(tmp_path):
     for images in (Noise(TOTAL), None):
         cache = open_cache(spec(tmp_path / "cache"), Halving(), images, "MAKE IT")
         assert (len(cache), cache.class_names) == (TOTAL, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("path", "here"),
+    [
+        ("photos", True),
+        ("photos/*.tar", True),
+        ("photos/a-{000..100}.tar", True),
+        ("gone", False),
+        ("gone/*.tar", False),
+    ],
+)
+def test_images_are_looked_for_where_their_path_points(tmp_path, monkeypatch, path, here):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in (path, str(tmp_path / path)):
+        assert images_are_here(recipe(data={"source": "image_folder", "path": name})) == here
+    assert images_are_here(recipe())
 
 
 def test_a_cache_with_both_views_serves_a_run_without_flip(tmp_path):

@@ -40,6 +40,14 @@ told = d.broadcast_object({"from": r, "text": "\\u00fc", "pair": (1, 2.5, None)}
 assert told == {"from": 0, "text": "\\u00fc", "pair": [1, 2.5, None]}, told
 assert d.broadcast_object([r], source=2) == [2]
 assert d.on_main(lambda: "main")() == ("main" if r == 0 else None)
+board = d.Board("test")
+mine = [board.add("claimed") for _ in range(5)]
+board.post(f"rank {r}", f"h\u00e9llo {mine}")
+while board.count("claimed") < 15 or any(board.line(f"rank {i}") is None for i in range(3)):
+    time.sleep(0.01)
+claims = [int(n) for i in range(3) for n in board.line(f"rank {i}").partition("[")[2][:-1].split(",")]
+assert sorted(claims) == list(range(1, 16)), claims
+assert d.Board("other").count("claimed") == 0
 d.barrier()
 assert os.environ["TORCH_EXTENSIONS_DIR"]
 c10d = torch.distributed.distributed_c10d
@@ -175,6 +183,36 @@ def test_helpers_without_a_group():
     assert gathered.data_ptr() != tensor.data_ptr()
     assert distributed.broadcast_object({"a": (1,)}) == {"a": [1]}
     assert distributed.on_main(lambda x, *, y: x + y)(1, y=2) == 3
+    board = distributed.Board("alone")
+    assert [board.add("n"), board.add("n", 4), board.count("n"), board.count("m")] == [1, 5, 5, 0]
+    assert board.line("x") is None
+    board.post("x", "first")
+    board.post("x", "second")
+    assert board.line("x") == "second"
+
+
+@pytest.mark.distributed
+def test_a_board_whose_keeper_has_gone_says_so(tmp_path):
+    body = """
+from dsmoe.base.errors import TrainingFailure
+d.initialize(place, Device.pick(place.local_rank))
+board = d.Board("test")
+board.add("here")
+if place.rank == 0:
+    while board.count("here") < 2:
+        time.sleep(0.01)
+    os._exit(0)
+try:
+    while True:
+        board.count("here")
+        time.sleep(0.01)
+except TrainingFailure as error:
+    print(error)
+    os._exit(0)
+"""
+    results = launch([_script(tmp_path, body)], world_size=2, timeout=60)
+    assert_succeeded(results)
+    assert results[1].stdout.startswith("rank 0, which holds the ranks' board, has gone (Dist")
 
 
 @pytest.mark.parametrize("value", [torch.ones(1), {1, 2}, object()])
