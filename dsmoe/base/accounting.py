@@ -37,7 +37,8 @@ class ParameterCount:
 class MacCount:
     """Forward multiply-accumulates of one image, by component; `total` is their sum.
 
-    patch_embed: of a router every convolution, since it asks all of them; timestep: the timestep MLP; modulation: all adaLN layers (once an image, not a token);
+    patch_embed: of a router every convolution, since it asks them all; timestep: the timestep MLP; modulation: all
+    adaLN layers (once an image, not a token);
     projections: qkv and attention output; attention: q.k and weights.v; mlp: dense feed-forward; router;
     experts: the top_k routed experts; shared_expert; output: the final projection.
     """

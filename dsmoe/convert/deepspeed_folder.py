@@ -210,7 +210,9 @@ class _Folder:
             # At the end DeepSpeed fills up to a multiple of twice the ranks.
             left = sum(n for _, n in segments) - offset
             if not 0 <= left < 2 * len(self.optimizers):
-                raise CheckpointError(f"{self.step}: parameter group {group} has {left} elements too many for its shapes.")
+                raise CheckpointError(
+                    f"{self.step}: parameter group {group} has {left} elements too many for its shapes."
+                )
 
     def _stage3(self) -> Iterator[tuple[str, _Tensor]]:
         ranks, offset = len(self.optimizers), 0

@@ -6,7 +6,8 @@ they are equal). What the class computes differs from DiT (contracts 2.1.9): doc
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from dsmoe.base.accounting import TIMESTEP_DIM
 from dsmoe.base.errors import CheckpointError
 from dsmoe.base.presets import ModelSpec
-from dsmoe.convert.keys import Shape, check, our_shapes
+from dsmoe.convert.keys import Make, Shape, check, our_shapes
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "DiTTransformer2DModel"
@@ -72,29 +73,37 @@ def diffusers_shapes(spec: ModelSpec) -> dict[str, Shape]:
     return shapes
 
 
-def read_diffusers(state: Mapping[str, Tensor], spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """(our key, tensor) of the class's weights, one at a time; the embedders are block 0's (see check_copies)."""
+def read_diffusers(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Make]:
+    """Our key -> what makes its tensor from the class's weights; the embedders are block 0's (see check_copies)."""
     check(state, diffusers_shapes(spec), "diffusers")
-    for theirs, ours in _EMBEDDERS.items():
-        yield ours, state[theirs.format(i=0)]
-    for theirs, ours in _whole(spec).items():
-        yield ours, state[theirs]
+    made: dict[str, Make] = {
+        ours: partial(state.__getitem__, theirs.format(i=0)) for theirs, ours in _EMBEDDERS.items()
+    }
+    made |= {ours: partial(state.__getitem__, theirs) for theirs, ours in _whole(spec).items()}
     for i in range(spec.depth):
         for leaf in ("weight", "bias"):
-            yield f"blocks.{i}.attn.qkv.{leaf}", torch.cat([state[_attention(i, letter, leaf)] for letter in "qkv"])
+            made[f"blocks.{i}.attn.qkv.{leaf}"] = partial(_joined, state, [_attention(i, a, leaf) for a in "qkv"])
+    return made
 
 
-def write_diffusers(state: Mapping[str, Tensor], spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """(their key, tensor) of our weights, one at a time: depth - 1 more copies of both embedders."""
+def _joined(state: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([state[name] for name in names])
+
+
+def write_diffusers(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Make]:
+    """Their key -> what makes its tensor from our weights: depth - 1 more copies of both embedders."""
     check(state, our_shapes(spec), "dsmoe")
-    for theirs, ours in _whole(spec).items():
-        yield theirs, state[ours]
+    made: dict[str, Make] = {theirs: partial(state.__getitem__, ours) for theirs, ours in _whole(spec).items()}
     for i in range(spec.depth):
         for leaf in ("weight", "bias"):
-            for letter, part in zip("qkv", state[f"blocks.{i}.attn.qkv.{leaf}"].chunk(3), strict=True):
-                yield _attention(i, letter, leaf), part
-        for theirs, ours in _EMBEDDERS.items():
-            yield theirs.format(i=i), state[ours]
+            for third, letter in enumerate("qkv"):
+                made[_attention(i, letter, leaf)] = partial(_third, state, f"blocks.{i}.attn.qkv.{leaf}", third)
+        made |= {theirs.format(i=i): partial(state.__getitem__, ours) for theirs, ours in _EMBEDDERS.items()}
+    return made
+
+
+def _third(state: Mapping[str, Tensor], name: str, third: int) -> Tensor:
+    return state[name].chunk(3)[third]
 
 
 def check_copies(state: Mapping[str, Tensor], spec: ModelSpec) -> None:

@@ -5,13 +5,14 @@ attention, XL and G with flash-attn's) and upcycled DiT (2.3: one GELU MLP with 
 convolution or one a task). Ours differs in two ways only: the experts of a block are stacked into three tensors, and
 the position embedding is computed, not stored. diffusers' layout is in `diffusers`; files are elsewhere.
 
-Every function takes any mapping of tensors, and asks it for one tensor (of a stack: one expert) at a time, so that a
-mapping that reads a file when asked (sources.Source) is never whole in memory. Tensors on the meta device do as well:
-that is how the shapes of a result are known before it is made.
+`read_published` and `write_published` only say how each tensor is made; made one by one from a mapping that reads a
+file when asked (source.Source), a model is never whole in memory. Made from tensors on the meta device, they tell the
+shapes of a result beforehand.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ ATTENTION_LAYOUTS: dict[str, dict[str, str]] = {
 
 # Our stack of a block's SwiGLU experts -> the published name of one of them.
 _SWIGLU_STACKS = {"w1": "gate_proj.weight", "w2": "down_proj.weight", "w3": "up_proj.weight"}
+
+Make = Callable[[], Tensor]
 
 # A None in a shape is a size the architecture leaves open (latent channels, labels, outputs).
 Shape = tuple[int | None, ...]
@@ -208,48 +211,56 @@ def _stack(state: Mapping[str, Tensor], prefix: str, key: str, experts: int) -> 
     return stack
 
 
-def read_published(
-    state: Mapping[str, Tensor], spec: ModelSpec, *, attention: str = "timm"
-) -> Iterator[tuple[str, Tensor]]:
-    """(our key, tensor) of published weights, bit for bit and one at a time; see `from_published`.
+def read_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: str = "timm") -> dict[str, Make]:
+    """Our key -> what makes its tensor from published weights, bit for bit; see `from_published`.
 
     The position embedding is not looked at (check_position).
     """
     check(state, published_shapes(spec, attention), f"published {attention}")
-    for key, name in _published_names(spec, attention).items():
-        yield key, state[name]
+    made: dict[str, Make] = {
+        key: partial(state.__getitem__, name) for key, name in _published_names(spec, attention).items()
+    }
     for prefix in _expert_prefixes(spec):
+        stack = partial(_stack, state, prefix, experts=spec.num_experts)
         if spec.expert_kind == "swiglu":
-            for stack, key in _SWIGLU_STACKS.items():
-                yield f"{prefix}{stack}", _stack(state, prefix, key, spec.num_experts)
+            made |= {f"{prefix}{name}": partial(stack, key) for name, key in _SWIGLU_STACKS.items()}
             continue
-        yield f"{prefix}w1", _stack(state, prefix, "fc1.weight", spec.num_experts)
-        yield f"{prefix}w2", _stack(state, prefix, "fc2.weight", spec.num_experts)
-        first = _stack(state, prefix, "fc1.bias", spec.num_experts)
-        second = _stack(state, prefix, "fc2.bias", spec.num_experts)
-        yield f"{prefix}w3", torch.cat([first, second], dim=1)[:, None]
+        made |= {f"{prefix}w1": partial(stack, "fc1.weight"), f"{prefix}w2": partial(stack, "fc2.weight")}
+        made[f"{prefix}w3"] = partial(_packed_biases, stack)
+    return made
+
+
+def _packed_biases(stack: Callable[[str], Tensor]) -> Tensor:
+    return torch.cat([stack("fc1.bias"), stack("fc2.bias")], dim=1)[:, None]
 
 
 def write_published(
     state: Mapping[str, Tensor], spec: ModelSpec, *, input_size: int, attention: str = "timm"
-) -> Iterator[tuple[str, Tensor]]:
-    """(published key, tensor) of our weights, one at a time; see `to_published`."""
+) -> dict[str, Make]:
+    """Published key -> what makes its tensor from our weights; see `to_published`."""
     check(state, our_shapes(spec), "dsmoe")
     assert input_size % spec.patch == 0, (input_size, spec.patch)
-    table = position_embedding(spec.dim, input_size // spec.patch)
-    yield POSITION_KEY, torch.from_numpy(table).float()[None]
-    for key, name in _published_names(spec, attention).items():
-        yield name, state[key]
+    made: dict[str, Make] = {POSITION_KEY: partial(_position_table, spec.dim, input_size // spec.patch)}
+    made |= {name: partial(state.__getitem__, key) for key, name in _published_names(spec, attention).items()}
     for prefix in _expert_prefixes(spec):
         if spec.expert_kind == "swiglu":
-            for stack, key in _SWIGLU_STACKS.items():
-                yield from ((f"{prefix}{e}.{key}", expert) for e, expert in enumerate(state[f"{prefix}{stack}"]))
-            continue
-        for stack, key in (("w1", "fc1.weight"), ("w2", "fc2.weight")):
-            yield from ((f"{prefix}{e}.{key}", expert) for e, expert in enumerate(state[f"{prefix}{stack}"]))
-        for e, (biases,) in enumerate(state[f"{prefix}w3"]):
-            yield f"{prefix}{e}.fc1.bias", biases[: spec.mlp_hidden]
-            yield f"{prefix}{e}.fc2.bias", biases[spec.mlp_hidden :]
+            places = {key: (name, ...) for name, key in _SWIGLU_STACKS.items()}
+        else:
+            places = {"fc1.weight": ("w1", ...), "fc2.weight": ("w2", ...)}
+            places["fc1.bias"] = "w3", (0, slice(None, spec.mlp_hidden))
+            places["fc2.bias"] = "w3", (0, slice(spec.mlp_hidden, None))
+        for key, (name, part) in places.items():
+            for e in range(spec.num_experts):
+                made[f"{prefix}{e}.{key}"] = partial(_expert, state, f"{prefix}{name}", e, part)
+    return made
+
+
+def _position_table(dim: int, grid: int) -> Tensor:
+    return torch.from_numpy(position_embedding(dim, grid)).float()[None]
+
+
+def _expert(state: Mapping[str, Tensor], stack: str, expert: int, part: object) -> Tensor:
+    return state[stack][expert][part]
 
 
 def from_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: str = "timm") -> dict[str, Tensor]:
@@ -261,7 +272,7 @@ def from_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: s
     """
     check(state, published_shapes(spec, attention), f"published {attention}")
     check_position(state[POSITION_KEY], spec.dim)
-    return dict(read_published(state, spec, attention=attention))
+    return {key: make() for key, make in read_published(state, spec, attention=attention).items()}
 
 
 def to_published(
@@ -272,4 +283,5 @@ def to_published(
     Tensors are passed on or are views of the packed ones, not copies. attention and CheckpointError as in
     `from_published`.
     """
-    return dict(write_published(state, spec, input_size=input_size, attention=attention))
+    made = write_published(state, spec, input_size=input_size, attention=attention)
+    return {name: make() for name, make in made.items()}

@@ -63,6 +63,27 @@ class Source(Mapping[str, Tensor]):
         self._read = None
 
 
+def derived(make: Callable[[Mapping[str, Tensor]], Mapping[str, Callable[[], Tensor]]], state: Source) -> Source:
+    """The tensors that `make` says how to make from a mapping, made when asked for; the last one made is kept.
+
+    The last, because what is cut into parts (a stack of experts) is asked for once a part.
+    """
+    outline = {name: one() for name, one in make(state.outline).items()}
+
+    def reader() -> Read:
+        ways, last = make(state), {}
+
+        def read(name: str) -> Tensor:
+            if name not in last:
+                last.clear()
+                last[name] = ways[name]()
+            return last[name]
+
+        return read
+
+    return Source({name: meta(tuple(t.shape), t.dtype) for name, t in outline.items()}, reader)
+
+
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor that has a shape and a dtype and no memory."""
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -105,9 +105,9 @@ class DiT(FixedBufferModule):
     """Class-conditional diffusion transformer over square latents.
 
     spec: the architecture. input_size: latent side S, a multiple of spec.patch (else ConfigError).
-    in_channels: channels C of a latent; the input has C (1 + spec.conditions). num_classes: labels 0..num_classes-1; with `null_class` one more row,
-    index num_classes, stands for "no label". learn_sigma: the output has 2C channels, prediction then
-    variance. balance_scope, selection_bias: passed to every MoE block. moe_cls: the MoE block, replaced by the training
+    in_channels: channels C of a latent; the input has C (1 + spec.conditions). num_classes: labels
+    0..num_classes-1; with `null_class` one more row, index num_classes, stands for "no label". learn_sigma: the
+    output has 2C channels, prediction then variance. balance_scope, selection_bias: passed to every MoE block. moe_cls: the MoE block, replaced by the training
     engine's subclass.
 
     Storage may be fp32, bf16 or fp64; LayerNorm, modulation, softmax, router and timestep features are
@@ -163,7 +163,8 @@ class DiT(FixedBufferModule):
         For a model built on the meta device and then given memory by `to_empty`; not for partitioned
         parameters. Bound b means U(-b, b):
 
-        - x_embedder.proj (each of a router's), attn.qkv, attn.proj, mlp.fc1, mlp.fc2: weight b = sqrt(6/(in+out)), bias 0;
+        - x_embedder.proj (each of a router's), attn.qkv, attn.proj, mlp.fc1, mlp.fc2: weight b = sqrt(6/(in+out)),
+          bias 0;
         - attn.q_norm, attn.k_norm: weight 1, bias 0;
         - t_embedder.mlp.{0,2}: weight N(0, 0.02), bias 0; y_embedder.embedding_table: N(0, 0.02);
         - every adaLN_modulation.1 and final_layer.linear: 0;
