@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from dsmoe.base.accounting import count_macs, count_parameters
 from dsmoe.base.errors import CheckpointError, ConfigError, choose_from
-from dsmoe.base.plan import DataFacts, EngineFacts, ModelFacts, Plan
+from dsmoe.base.plan import UNKNOWN_SHA, DataFacts, EngineFacts, ModelFacts, Plan
 from dsmoe.base.recipe import recipe_from_dict
 from dsmoe.codec.protocol import provenance
 from dsmoe.convert.recognise import Recognised
 
-UNKNOWN_SHA = "unknown"  # of the autoencoder that foreign weights were trained with
 SD_SCALE, SD_FACTOR = 0.18215, 8
 _SELECTION_RATE = 1e-3  # any above 0 gives the model the biases that its weights hold
 
@@ -74,18 +73,22 @@ class Convention:
     why: str
 
 
+def check_names(stated: str | None, objective: str | None) -> None:
+    """ConfigError unless --from and --objective are known, where given."""
+    if stated is not None and stated not in FORMATS:
+        raise ConfigError(choose_from("--from", stated, FORMATS))
+    if objective is not None and objective not in OBJECTIVES:
+        raise ConfigError(choose_from("--objective", objective, OBJECTIVES))
+
+
 def settle(
     found: Recognised, arguments: Mapping[str, object] | None, stated: str | None, objective: str | None
 ) -> Convention:
     """Which published form this is, and its objective; CheckpointError with the choices where nothing decides.
 
     arguments: the training script's own, where a file holds them. stated, objective: what the user says (--from,
-    --objective); ConfigError when it is unknown or does not fit.
+    --objective; see check_names).
     """
-    if stated is not None and stated not in FORMATS:
-        raise ConfigError(choose_from("--from", stated, FORMATS))
-    if objective is not None and objective not in OBJECTIVES:
-        raise ConfigError(choose_from("--objective", objective, OBJECTIVES))
     name, why = (stated, "as --from says") if stated else _form(found, arguments or {}, objective)
     form = FORMATS[name]
     if found.layout not in form.layouts or (name in ("dit", "sit") and found.spec.is_moe):

@@ -19,7 +19,8 @@ from dsmoe.base.plan import Plan
 from dsmoe.checkpoint.weights import Weights, new_model
 from dsmoe.codec import build as build_codec
 from dsmoe.convert import diffusers
-from dsmoe.convert.conventions import Setting, published_plan, sd_provenance, settle
+from dsmoe.convert.class_names import read_class_names
+from dsmoe.convert.conventions import Setting, check_names, published_plan, sd_provenance, settle
 from dsmoe.convert.keys import POSITION_KEY, Make, check, check_position, read_published
 from dsmoe.convert.opening import Opened, open_weights
 from dsmoe.convert.recognise import Given, Recognised, recognise
@@ -27,7 +28,7 @@ from dsmoe.convert.source import Source, derived
 from dsmoe.runtime.device import Device
 
 BIAS_SUFFIX = ".moe.selection_bias"
-_TO_OURS = ("stated", "objective", "preset", "heads", "top_k", "classes")
+_TO_OURS = ("stated", "objective", "preset", "heads", "top_k", "num_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Request:
     preset: str | None = None
     heads: int | None = None
     top_k: int | None = None
-    classes: int | None = None
+    num_classes: int | None = None
     size: int | None = None
     codec: str | None = None
     codec_path: str | None = None
@@ -71,10 +72,11 @@ class Incoming:
 
 def take_in(path: Path, request: Request) -> Incoming:
     """Recognise what lies at `path` and check it; UserError in one line when it is unknown or does not fit."""
+    check_names(request.stated, request.objective)
     opened = open_weights(path, request.kind, trust_pickle=request.trust_pickle)
     if opened.plan is not None:
         return _ours(opened, opened.plan, request)
-    given = Given(preset=request.preset, heads=request.heads, top_k=request.top_k, classes=request.classes)
+    given = Given(preset=request.preset, heads=request.heads, top_k=request.top_k, num_classes=request.num_classes)
     found = recognise(opened.tensors.outline, given, opened.config)
     convention = settle(found, opened.arguments, request.stated, request.objective)
     make = partial(_readers(found), spec=found.spec)
@@ -92,9 +94,11 @@ def take_in(path: Path, request: Request) -> Incoming:
     return Incoming(opened, plan, state, tuple(rows))
 
 
-def in_memory(path: Path, request: Request) -> Weights:
-    """Weights of any origin for a model on this machine; CheckpointError when it could not hold them twice."""
-    incoming = take_in(path, request)
+def read(path: Path, options: argparse.Namespace) -> tuple[Path, Weights]:
+    """Weights of any origin for a model on this machine, with the path they lie at, under the options of
+    options.add_reading_options; CheckpointError when this host could not hold them twice."""
+    names = read_class_names(options.label_map) if options.label_map is not None else None
+    incoming = take_in(path, Request.of(options, names))
     needed = 2 * sum(t.numel() * torch.float32.itemsize for t in incoming.state.outline.values())
     have = Device("cpu").total_memory_bytes()
     if needed > have:
@@ -104,7 +108,8 @@ def in_memory(path: Path, request: Request) -> Weights:
         )
     # Cloned: what a source gives may be part of a mapped file.
     state = {name: incoming.state[name].to(torch.float32, copy=True) for name in incoming.state}
-    return Weights(state, incoming.plan, incoming.opened.images_seen, incoming.opened.kind)
+    weights = Weights(state, incoming.plan, incoming.opened.images_seen, incoming.opened.kind)
+    return incoming.opened.path, weights
 
 
 def _readers(found: Recognised) -> Callable[..., Mapping[str, Make]]:
@@ -137,7 +142,7 @@ def _ours(opened: Opened, plan: Plan, request: Request) -> Incoming:
     for name in _TO_OURS:
         value = getattr(request, name)
         if value is not None and (name, value) != ("stated", "dsmoe"):
-            option = {"stated": "from", "top_k": "top-k"}.get(name, name)
+            option = {"stated": "from"}.get(name, name).replace("_", "-")
             raise ConfigError(f"--{option} is {value}, but {opened.path} carries dsmoe's own plan; leave it out.")
     plan = _resized(plan, request)
     _check_fits(opened.tensors, plan)
@@ -196,12 +201,11 @@ def _setting(opened: Opened, found: Recognised, request: Request) -> Setting:
         raise ConfigError("these weights do not show their image side; give --size PX.")
     size = request.size if request.size is not None else found.input_size * factor
     _latent_side(size, factor, found.spec.patch)
-    default = opened.labels or tuple(map(str, range(found.num_classes)))
-    names = _names(request.class_names, found.num_classes, tuple(map(str, range(found.num_classes))))
+    numbers = tuple(map(str, range(found.num_classes)))
     dtypes = Counter(t.dtype for t in opened.tensors.outline.values())
     return Setting(
         resolution=size,
-        class_names=names if request.class_names is not None else _names(default, found.num_classes, names),
+        class_names=_names(request.class_names or opened.labels or (), found.num_classes, numbers),
         codec=name,
         codec_path=request.codec_path,
         codec_facts=facts,
@@ -210,9 +214,8 @@ def _setting(opened: Opened, found: Recognised, request: Request) -> Setting:
     )
 
 
-def _names(given: tuple[str, ...] | None, count: int, rest: tuple[str, ...]) -> tuple[str, ...]:
+def _names(given: tuple[str, ...], count: int, rest: tuple[str, ...]) -> tuple[str, ...]:
     """Names for all classes: those given and, for labels behind them (tasks), the rest's."""
-    given = given or ()
     if len(given) > count:
         raise ConfigError(f"--label-map names {len(given)} classes; these weights know {count}.")
     return (*given, *rest[len(given) :])

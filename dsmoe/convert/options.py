@@ -16,7 +16,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", metavar="P", help="the architecture's name, checked against the shapes")
     group.add_argument("--heads", type=int, metavar="N", help="attention heads, where no preset tells")
     group.add_argument("--top-k", type=int, metavar="N", help="experts a token visits, where no preset tells")
-    group.add_argument("--classes", type=int, metavar="N", help="labels without the null label, where rows do not tell")
+    group.add_argument("--num-classes", type=int, metavar="N", help="labels without the null one, if rows do not tell")
     group.add_argument("--size", type=int, metavar="PX", help="image side, if not that of their position embedding")
     group.add_argument("--codec", metavar="NAME", help="the autoencoder of their latents (default: sd, or the plan's)")
     group.add_argument("--codec-path", metavar="PATH", help="where it lies (also: where the run's own has moved to)")

@@ -36,7 +36,7 @@ class Given:
     preset: str | None = None
     heads: int | None = None
     top_k: int | None = None
-    classes: int | None = None
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def recognise(outline: Mapping[str, Tensor], given: Given, config: Mapping[str, 
     spec, preset, said = _settle(spec, given, known_heads=config is not None or spec.qk_norm)
     notes += said
     table = _need(outline, _TABLE[layout == "diffusers"], 2)
-    num_classes, null_class, about = _labels(table.shape[0], given.classes, spec)
+    num_classes, null_class, about = _labels(table.shape[0], given.num_classes, spec)
     channels, conditions, learn_sigma = _latents(outline, layout, spec)
     return Recognised(
         layout=layout,
@@ -244,12 +244,14 @@ def _labels(rows: int, classes: int | None, spec: ModelSpec) -> tuple[int, bool,
     if classes is not None:
         if classes not in (rows, rows - 1):
             raise ConfigError(
-                f"--classes is {classes}, but the label table has {rows} rows: give {rows - 1} or {rows}."
+                f"--num-classes is {classes}, but the label table has {rows} rows: give {rows - 1} or {rows}."
             )
-        return classes, classes == rows - 1, "as --classes says"
+        return classes, classes == rows - 1, "as --num-classes says"
     if spec.tasks and rows == spec.tasks:
         return rows, False, "one a task, no null label"
-    labels, null, about = _TABLES.get(rows, (rows - 1, True, "the last one taken for the null label (else --classes)"))
+    labels, null, about = _TABLES.get(
+        rows, (rows - 1, True, "the last one taken for the null label (else --num-classes)")
+    )
     if labels < max(spec.tasks, 1):
         raise CheckpointError(f"the label table has {rows} rows, too few for {spec.tasks} tasks and their labels.")
     return labels, null, about

@@ -107,8 +107,8 @@ class DiT(FixedBufferModule):
     spec: the architecture. input_size: latent side S, a multiple of spec.patch (else ConfigError).
     in_channels: channels C of a latent; the input has C (1 + spec.conditions). num_classes: labels
     0..num_classes-1; with `null_class` one more row, index num_classes, stands for "no label". learn_sigma: the
-    output has 2C channels, prediction then variance. balance_scope, selection_bias: passed to every MoE block. moe_cls: the MoE block, replaced by the training
-    engine's subclass.
+    output has 2C channels, prediction then variance. balance_scope, selection_bias: passed to every MoE block.
+    moe_cls: the MoE block, replaced by the training engine's subclass.
 
     Storage may be fp32, bf16 or fp64; LayerNorm, modulation, softmax, router and timestep features are
     computed in fp32 at least. `pos_embed` [1, T, D] is an fp32 buffer outside the state dict, whatever the

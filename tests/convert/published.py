@@ -156,7 +156,9 @@ def _mlp(p, name, x):
 
 
 def _swiglu(p, name, x):
-    return _linear(p, f"{name}.down_proj", F.silu(_linear(p, f"{name}.gate_proj", x)) * _linear(p, f"{name}.up_proj", x))
+    return _linear(
+        p, f"{name}.down_proj", F.silu(_linear(p, f"{name}.gate_proj", x)) * _linear(p, f"{name}.up_proj", x)
+    )
 
 
 def _experts(p, name, x, kind):
