@@ -16,7 +16,7 @@ from torch import Tensor
 from dsmoe.base.accounting import TIMESTEP_DIM
 from dsmoe.base.errors import CheckpointError
 from dsmoe.base.presets import ModelSpec
-from dsmoe.convert.keys import Make, Shape, check, our_shapes
+from dsmoe.convert.keys import Make, Shape, check, join, our_shapes
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "DiTTransformer2DModel"
@@ -87,7 +87,7 @@ def read_diffusers(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Ma
 
 
 def _joined(state: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    return torch.cat([state[name] for name in names])
+    return join([state[name] for name in names], dim=0)
 
 
 def write_diffusers(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Make]:
