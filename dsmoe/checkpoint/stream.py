@@ -34,9 +34,13 @@ def write_tensors(
     assert sys.byteorder == "little", "safetensors files are little-endian"
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         file.write(_header(shapes, stored, metadata))
-        for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
+        expected = iter(shapes.items())
+        for found, tensor in tensors:
+            name, shape = next(expected, ("", ()))
             assert (name, shape) == (found, tuple(tensor.shape)), (name, shape, found, tuple(tensor.shape))
             file.write(tensor_bytes(tensor.to(stored[name])))
+            del tensor  # before the next one is made: zip, and the name itself, would keep both
+        assert not (left := [name for name, _ in expected]), left
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

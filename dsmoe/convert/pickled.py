@@ -105,9 +105,9 @@ def pickled_source(path: Path, section: tuple[str, ...], *, inert: bool = False)
 
 
 def write_pickled(path: Path, facts: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """A flat dict of tensors as torch.save writes it, from tensors that come in the order of `facts`.
+    """A flat dict of tensors as torch.save writes it, from tensors that come one by one.
 
-    facts: meta tensors. torch writes the file without its data, whose places are then filled one tensor at a time; the
+    facts: meta tensors, in the order of the dict. torch writes the file without its data, whose places are then filled one tensor at a time; the
     skeleton takes address space for the model, but no memory. The file appears whole or not at all. Raises OSError.
     """
     skeleton = {name: torch.empty(tuple(fact.shape), dtype=fact.dtype) for name, fact in facts.items()}
@@ -120,14 +120,18 @@ def write_pickled(path: Path, facts: Mapping[str, Tensor], tensors: Iterable[tup
             directory = archive.start_dir
         sums: dict[str, int] = {}
         with open(temporary, "r+b") as file:
-            for number, ((name, fact), (found, tensor)) in enumerate(zip(facts.items(), tensors, strict=True)):
-                assert (name, fact.shape) == (found, tensor.shape), (name, fact.shape, found, tensor.shape)
-                info = entries[f"data/{number}"]
-                assert info.file_size == fact.nbytes, (name, info.file_size, fact.nbytes)
+            number = {name: n for n, name in enumerate(facts)}
+            for name, tensor in tensors:
+                fact, info = facts[name], entries[f"data/{number.pop(name)}"]
+                assert (fact.shape, fact.nbytes) == (tensor.shape, info.file_size), (name, fact.shape, tensor.shape)
                 content = tensor_bytes(tensor.to(fact.dtype))
+                del tensor  # before the next one is made
                 file.seek(_data_offset(file, info))
                 file.write(content)
                 sums[info.filename] = zlib.crc32(content)
+                content.release()
+                del content
+            assert not number, list(number)
             _write_checksums(file, directory, sums)
 
 

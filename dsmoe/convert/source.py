@@ -16,7 +16,7 @@ from dsmoe.base.errors import CheckpointError
 from dsmoe.checkpoint.stream import DTYPE_NAMES
 
 # A mapped file's pages stay resident for as long as it is mapped: after so many bytes it is mapped anew.
-MAPPED_BYTES = 256 << 20
+MAPPED_BYTES = 64 << 20
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 Read = Callable[[str], Tensor]
