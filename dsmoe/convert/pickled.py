@@ -107,8 +107,9 @@ def pickled_source(path: Path, section: tuple[str, ...], *, inert: bool = False)
 def write_pickled(path: Path, facts: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """A flat dict of tensors as torch.save writes it, from tensors that come one by one.
 
-    facts: meta tensors, in the order of the dict. torch writes the file without its data, whose places are then filled one tensor at a time; the
-    skeleton takes address space for the model, but no memory. The file appears whole or not at all. Raises OSError.
+    facts: meta tensors, in the order of the dict. torch writes the file without its data, whose places are then filled
+    one tensor at a time; the skeleton takes address space for the model, but no memory. The file appears whole or not
+    at all. Raises OSError.
     """
     skeleton = {name: torch.empty(tuple(fact.shape), dtype=fact.dtype) for name, fact in facts.items()}
     with whole_file(path) as temporary:
