@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,11 @@ def choose_target(incoming: Incoming, target: Path, stated: str | None) -> str:
     if suffix not in allowed:
         endings = " or ".join(a or "nothing (it is a folder)" for a in allowed)
         raise ConfigError(f"--to {stated} is written to a name that ends in {endings}; DST is {target}.")
+    try:  # before hours of reading, not after them
+        with tempfile.TemporaryFile(dir=target.parent, prefix="."):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error.strerror}); give another DST.") from error
     return stated
 
 

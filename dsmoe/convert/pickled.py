@@ -113,8 +113,11 @@ def write_pickled(path: Path, facts: Mapping[str, Tensor], tensors: Iterable[tup
     """
     skeleton = {name: torch.empty(tuple(fact.shape), dtype=fact.dtype) for name, fact in facts.items()}
     with whole_file(path) as temporary:
-        with torch.serialization.skip_data():
-            torch.save(skeleton, temporary)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(skeleton, temporary)
+        except RuntimeError as error:  # torch's own writer knows no other kind
+            raise OSError(f"torch could not write it: {str(error).splitlines()[0]}") from error
         del skeleton
         with zipfile.ZipFile(temporary) as archive:
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
