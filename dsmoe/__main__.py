@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dsmoe import __version__
 from dsmoe.base.errors import EXIT_BAD_INPUT, UserError
+from dsmoe.convert.options import add_arguments as add_convert_options
 from dsmoe.scaling.options import add_arguments as add_plan_options
 
 
@@ -58,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="lay a model out over a cluster: memory, traffic, a ranked recommendation")
     add_plan_options(plan)
     plan.set_defaults(run=_plan)
+    convert = commands.add_parser("convert", help="weights of DiT, SiT, DiT-MoE, diffusers, DeepSpeed, ours: both ways")
+    add_convert_options(convert)
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -115,6 +119,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     from dsmoe.scaling import report
 
     print(report.run(arguments))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from dsmoe.convert import command
+
+    _print_table(command.run(arguments))
     return 0
 
 

@@ -37,7 +37,8 @@ class ParameterCount:
 class MacCount:
     """Forward multiply-accumulates of one image, by component; `total` is their sum.
 
-    patch_embed; timestep: the timestep MLP; modulation: all adaLN layers (once an image, not a token);
+    patch_embed: of a router every convolution, since it asks them all; timestep: the timestep MLP; modulation: all
+    adaLN layers (once an image, not a token);
     projections: qkv and attention output; attention: q.k and weights.v; mlp: dense feed-forward; router;
     experts: the top_k routed experts; shared_expert; output: the final projection.
     """
@@ -93,7 +94,7 @@ def count_parameters(
     dim, patch, hidden = spec.dim, spec.patch, spec.mlp_hidden
     out = patch**2 * _out_channels(channels, learn_sigma)
     position = _tokens(spec, input_size) * dim
-    patch_embed = dim * channels * patch**2 + dim
+    patch_embed = spec.patch_convolutions * (dim * spec.input_channels(channels) * patch**2 + dim)
     timestep = TIMESTEP_DIM * dim + dim + dim * dim + dim
     label = (num_classes + int(null_class)) * dim
     final = 2 * dim * (dim + 1) + out * (dim + 1)
@@ -111,11 +112,11 @@ def count_parameters(
 
 
 def count_macs(spec: ModelSpec, *, channels: int, input_size: int, learn_sigma: bool) -> MacCount:
-    """Multiply-accumulates of one image's forward pass; input_size is the side of the latent."""
+    """Multiply-accumulates of one image's forward pass; input_size is the side of the latent, channels its own."""
     dim, patch, tokens, depth = spec.dim, spec.patch, _tokens(spec, input_size), spec.depth
     moe = int(spec.is_moe)
     return MacCount(
-        patch_embed=tokens * channels * patch**2 * dim,
+        patch_embed=spec.patch_convolutions * tokens * spec.input_channels(channels) * patch**2 * dim,
         timestep=TIMESTEP_DIM * dim + dim * dim,
         modulation=depth * 6 * dim * dim + 2 * dim * dim,
         projections=depth * tokens * 4 * dim * dim,

@@ -4,6 +4,7 @@ Lives here: prediction, noise schedule, time density and noise of training; whic
 here: the mathematics, which is the room `diffusion`.
 """
 
+import math
 from dataclasses import dataclass
 
 from dsmoe.base.errors import ConfigError, choose_from
@@ -13,6 +14,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "cosine")
 FLOW = "rectified_flow"
 TIME_DENSITIES = ("uniform", "logit_normal")
 NOISES = ("gaussian", "multi_resolution")
+FLOW_ENDS = ("noise", "image")
 MOST_STEPS = 10000
 STRENGTH = 0.9  # of multi-resolution noise, as published (contracts 4.5)
 
@@ -35,6 +37,9 @@ class DiffusionSpec:
     learn_sigma: the network has a second half of output channels: the variance range of the beta schedules
     (contracts 2.1.10); on rectified_flow it is dropped, which keeps published DiT-MoE heads usable.
     timesteps: T of the beta schedules; rectified_flow's time is continuous in (0, 1].
+    t_scale, flow_end: conventions of rectified_flow's network, so that weights of other codes are walked rightly: it
+    is told t_scale * t (1 in DiT-MoE and SiT, 1000 in ProMoE; contracts 6), and t = 1 is `noise` (DiT-MoE: predicts
+    noise - x0) or `image` (SiT: is told t_scale * (1 - t) of our t, predicts x0 - noise).
     time_density: uniform, or logit_normal, t = sigmoid(N(0, 1)), which DiT-MoE trains rectified_flow with.
     noise: gaussian, or multi_resolution of noise_strength times t/T (annealed, contracts 4.5).
     """
@@ -46,12 +51,17 @@ class DiffusionSpec:
     time_density: str = "uniform"
     noise: str = "gaussian"
     noise_strength: float = STRENGTH
+    t_scale: float = 1.0
+    flow_end: str = "noise"
 
     def __post_init__(self) -> None:
         _one_of("diffusion.prediction", self.prediction, PREDICTIONS)
         _one_of("diffusion.schedule", self.schedule, (*BETA_SCHEDULES, FLOW))
         _one_of("diffusion.time_density", self.time_density, TIME_DENSITIES)
         _one_of("diffusion.noise", self.noise, NOISES)
+        _one_of("diffusion.flow_end", self.flow_end, FLOW_ENDS)
+        if not 0 < self.t_scale < math.inf:
+            raise ConfigError(f"diffusion.t_scale is {self.t_scale}; it must be above 0 (1, or 1000 as in ProMoE).")
         if not 2 <= self.timesteps <= MOST_STEPS:
             raise ConfigError(f"diffusion.timesteps is {self.timesteps}; it must be from 2 to {MOST_STEPS}.")
         if not 0 < self.noise_strength <= 1:
@@ -97,6 +107,11 @@ class DiffusionSpec:
             raise ConfigError(
                 f"diffusion.time_density is {self.time_density} but the steps of schedule {self.schedule} are drawn "
                 f"uniformly; set diffusion.time_density=uniform, or diffusion.schedule={FLOW}."
+            )
+        if self.t_scale != 1 or self.flow_end != "noise":
+            raise ConfigError(
+                f"diffusion.t_scale is {self.t_scale:g} and diffusion.flow_end {self.flow_end} but diffusion.schedule "
+                f"is {self.schedule}; both belong to {FLOW}: leave them out."
             )
 
 

@@ -58,7 +58,8 @@ class ModelShape:
         """Elements of every trained parameter that all ranks hold: everything but routed experts."""
         spec, dim = self.spec, self.spec.dim
         out = spec.patch**2 * self.out_channels
-        outside = [dim * self.channels * spec.patch**2, dim, TIMESTEP_DIM * dim, dim, dim * dim, dim]
+        patches = [dim * spec.input_channels(self.channels) * spec.patch**2, dim] * spec.patch_convolutions
+        outside = [*patches, TIMESTEP_DIM * dim, dim, dim * dim, dim]
         outside += [(self.num_classes + int(self.null_class)) * dim, 2 * dim * dim, 2 * dim, out * dim, out]
         block = [3 * dim * dim, 3 * dim, dim * dim, dim, 6 * dim * dim, 6 * dim]
         block += [spec.head_dim] * 4 if spec.qk_norm else []

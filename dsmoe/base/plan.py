@@ -12,6 +12,7 @@ from dsmoe.base.errors import CheckpointError
 from dsmoe.base.recipe import Recipe, recipe_from_dict, recipe_to_dict, science_hash
 
 PLAN_FORMAT = 1
+UNKNOWN_SHA = "unknown"  # the codec's sha256 in the plan of weights that came without it
 HOST = "host"  # begins the name of a memory component that lies in host memory
 
 

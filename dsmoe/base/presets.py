@@ -21,6 +21,9 @@ class ModelSpec:
     shared_ratio: hidden size of the always-on SwiGLU shared expert in units of dim; 0 for none.
     renormalize: divide the top-k probabilities by their sum (off in published DiT-MoE weights).
     qk_norm: LayerNorm over each head's queries and keys before their product (the released DiT-MoE XL and G).
+    conditions: clean latents that stand before the noisy one in the input, of its channels each (perception).
+    tasks: 0, or how many labels (the last ones of the class table) have a patch convolution of their own
+    (contracts 2.3); every image then needs such a label.
     """
 
     depth: int
@@ -34,6 +37,8 @@ class ModelSpec:
     shared_ratio: float = 0.0
     renormalize: bool = False
     qk_norm: bool = False
+    conditions: int = 0
+    tasks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("depth", "dim", "heads", "patch", "top_k"):
@@ -41,11 +46,9 @@ class ModelSpec:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.mlp_ratio <= 0:
             raise ConfigError(f"model.mlp_ratio is {self.mlp_ratio}; it must be above 0.")
-        if self.num_experts < 0 or self.shared_ratio < 0:
-            raise ConfigError(
-                f"model.num_experts is {self.num_experts} and model.shared_ratio {self.shared_ratio}; "
-                "neither may be negative (0 means none)."
-            )
+        for name in ("num_experts", "shared_ratio", "conditions", "tasks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it may not be negative (0 means none).")
         if self.mlp_hidden < 1 or (self.shared_ratio > 0 and self.shared_hidden < 1):
             raise ConfigError(
                 f"model.mlp_ratio {self.mlp_ratio} and model.shared_ratio {self.shared_ratio} of model.dim {self.dim} "
@@ -63,6 +66,15 @@ class ModelSpec:
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
+
+    @property
+    def patch_convolutions(self) -> int:
+        """How many there are: one, or one a task."""
+        return max(self.tasks, 1)
+
+    def input_channels(self, channels: int) -> int:
+        """Channels of the network's input when a latent has `channels`: the conditions and the noisy one."""
+        return channels * (1 + self.conditions)
 
     @property
     def head_dim(self) -> int:
@@ -109,6 +121,10 @@ PRESETS: dict[str, ModelSpec] = {
     "G/2-16E2A": _moe(40, 1408, 16, 16, qk_norm=True),
     # The paper's upcycled generalist backbone: DiT-XL/2 with GELU experts, no shared expert (section 4.4).
     "XL-8E2A": ModelSpec(depth=28, dim=1152, heads=16, num_experts=8, expert_kind="gelu"),
+    # The same with the authors' inputs: image and prompt latents, four tasks (contracts 2.3).
+    "XL-8E2A-generalist": ModelSpec(
+        depth=28, dim=1152, heads=16, num_experts=8, expert_kind="gelu", conditions=2, tasks=4
+    ),
     # CPU sizes, ours.
     "nano": _dense(4, 128, 4),
     "nano-4E2A": _moe(4, 128, 4, 4),

@@ -14,6 +14,7 @@ import torch
 
 from dsmoe.base.files import whole_file
 
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _ALIGNMENT = 8
 
 
@@ -22,25 +23,39 @@ def write_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Write fp32 `tensors`, which come in the order of `shapes`, one in memory at a time.
+    """Write `tensors`, which come in the order of `shapes`, one in memory at a time.
 
-    The file appears whole or not at all. Raises OSError (disk full, read-only).
+    dtypes: what each is stored as (of DTYPE_NAMES), fp32 where it says nothing. The file appears whole or not at all.
+    Raises OSError (disk full, read-only).
     """
+    stored = {name: (dtypes or {}).get(name, torch.float32) for name in shapes}
     assert sys.byteorder == "little", "safetensors files are little-endian"
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(_header(shapes, metadata))
-        for (name, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
+        file.write(_header(shapes, stored, metadata))
+        expected = iter(shapes.items())
+        for found, tensor in tensors:
+            name, shape = next(expected, ("", ()))
             assert (name, shape) == (found, tuple(tensor.shape)), (name, shape, found, tuple(tensor.shape))
-            file.write(tensor.detach().to(torch.float32).cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensor_bytes(tensor.to(stored[name])))
+            del tensor  # before the next one is made: zip, and the name itself, would keep both
+        assert not (left := [name for name, _ in expected]), left
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's elements in memory order, as files store them."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + dtypes[name].itemsize * math.prod(shape)
+        entries[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

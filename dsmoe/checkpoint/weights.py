@@ -21,7 +21,7 @@ MODEL = "model"  # kind of the weights that were trained, beside the averages of
 
 @dataclass(frozen=True)
 class Weights:
-    """A weight file in memory: state (fp32, keys of dsmoe.models.DiT), the plan, images seen, kind.
+    """A weight file in memory: state (keys of dsmoe.models.DiT; fp32, or as converted), the plan, images seen, kind.
 
     kind: `model`, or the name of an average (recipe's EmaSpec.step_decays).
     """
@@ -45,10 +45,14 @@ def stream_weights(
     plan: Plan,
     images_seen: int,
     kind: str,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """`save_weights` for a model that is never whole in memory: tensors come one by one, in the order of `shapes`."""
+    """`save_weights` for a model that is never whole in memory: tensors come one by one, in the order of `shapes`.
+
+    dtypes: what each is stored as, fp32 where it says nothing.
+    """
     metadata = {"dsmoe_plan": json.dumps(plan.to_dict()), "images_seen": str(images_seen), "kind": kind}
-    write_tensors(path, shapes, tensors, metadata)
+    write_tensors(path, shapes, tensors, metadata, dtypes)
 
 
 def load_weights(path: str | Path) -> Weights:

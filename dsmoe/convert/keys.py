@@ -1,14 +1,18 @@
-"""Published state-dict layouts <-> ours, as pure functions on dicts of tensors.
+"""Published state-dict layouts <-> ours, tensor by tensor.
 
 Known layouts: DiT (contracts 2.1.1), DiT-MoE (2.2: one module an expert, SwiGLU; S and B with timm's names of
-attention, XL and G with flash-attn's) and upcycled DiT (2.3: one GELU MLP with biases an expert). Ours differs
-in two ways only: the experts of a block are stacked into three tensors, and the position embedding is computed,
-not stored. File formats, EMA wrappers and the one other published variant (several patch convolutions) do not
-live here.
+attention, XL and G with flash-attn's) and upcycled DiT (2.3: one GELU MLP with biases an expert, one patch
+convolution or one a task). Ours differs in two ways only: the experts of a block are stacked into three tensors, and
+the position embedding is computed, not stored. diffusers' layout is in `diffusers`; files are elsewhere.
+
+`read_published` and `write_published` only say how each tensor is made; made one by one from a mapping that reads a
+file when asked (source.Source), a model is never whole in memory. Made from tensors on the meta device, they tell the
+shapes of a result beforehand.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +34,11 @@ ATTENTION_LAYOUTS: dict[str, dict[str, str]] = {
     "flash": {"qkv": "Wqkv", "proj": "out_proj"},
 }
 
+# Our stack of a block's SwiGLU experts -> the published name of one of them.
+_SWIGLU_STACKS = {"w1": "gate_proj.weight", "w2": "down_proj.weight", "w3": "up_proj.weight"}
+
+Make = Callable[[], Tensor]
+
 # A None in a shape is a size the architecture leaves open (latent channels, labels, outputs).
 Shape = tuple[int | None, ...]
 
@@ -37,11 +46,10 @@ Shape = tuple[int | None, ...]
 def _common_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Every key both layouts share."""
     dim, patch = spec.dim, spec.patch
-    shapes: dict[str, Shape] = {
-        "x_embedder.proj.weight": (dim, None, patch, patch),
-        "x_embedder.proj.bias": (dim,),
-        "y_embedder.embedding_table.weight": (None, dim),
-    }
+    shapes: dict[str, Shape] = {"y_embedder.embedding_table.weight": (None, dim)}
+    for conv in [f"proj.conv_in_{i + 1}" for i in range(spec.tasks)] or ["proj"]:
+        shapes[f"x_embedder.{conv}.weight"] = (dim, None, patch, patch)
+        shapes[f"x_embedder.{conv}.bias"] = (dim,)
 
     def linear(name: str, out: int | None, inputs: int) -> None:
         shapes[f"{name}.weight"] = (out, inputs)
@@ -143,14 +151,20 @@ def _shown(shape: Shape) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Shape], layout: str) -> None:
+def outline_of(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the shapes and dtypes of `state`, without reading a file for them."""
+    return getattr(state, "outline", state)
+
+
+def check(state: Mapping[str, Tensor], expected: Mapping[str, Shape], layout: str) -> None:
     """CheckpointError that names every kind of disagreement between `state` and `expected` at once."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
+    found = outline_of(state)
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
     wrong = [
-        f"{key} {list(state[key].shape)} instead of {_shown(shape)}"
+        f"{key} {list(found[key].shape)} instead of {_shown(shape)}"
         for key, shape in expected.items()
-        if key in state and not _fits(state[key], shape)
+        if key in found and not _fits(found[key], shape)
     ]
     parts = [
         f"{len(names)} {kind}: {_list(names)}"
@@ -164,7 +178,7 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Shape], layout: s
         )
 
 
-def _check_position(table: Tensor, dim: int) -> None:
+def check_position(table: Tensor, dim: int) -> None:
     """A stored position embedding must be the computed one: within 1e-5, or one ulp of 1 in a shorter dtype.
 
     Another order of sine and cosine, of rows and columns, or a rescaled grid differs by order 1; an angle
@@ -184,13 +198,80 @@ def _check_position(table: Tensor, dim: int) -> None:
 
 
 def _stack(state: Mapping[str, Tensor], prefix: str, key: str, experts: int) -> Tensor:
-    tensors = [state[f"{prefix}{e}.{key}"] for e in range(experts)]
-    dtypes = {t.dtype for t in tensors}
+    outline = outline_of(state)
+    dtypes = {outline[f"{prefix}{e}.{key}"].dtype for e in range(experts)}
     if len(dtypes) > 1:
         raise CheckpointError(
             f"{prefix}*.{key} mixes {', '.join(sorted(map(str, dtypes)))}; experts of a block need one dtype."
         )
-    return torch.stack(tensors)
+    first = state[f"{prefix}0.{key}"]
+    stack = first.new_empty((experts, *first.shape))
+    for e in range(experts):
+        stack[e] = state[f"{prefix}{e}.{key}"]
+    return stack
+
+
+def read_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: str = "timm") -> dict[str, Make]:
+    """Our key -> what makes its tensor from published weights, bit for bit; see `from_published`.
+
+    The position embedding is not looked at (check_position).
+    """
+    check(state, published_shapes(spec, attention), f"published {attention}")
+    made: dict[str, Make] = {
+        key: partial(state.__getitem__, name) for key, name in _published_names(spec, attention).items()
+    }
+    for prefix in _expert_prefixes(spec):
+        stack = partial(_stack, state, prefix, experts=spec.num_experts)
+        if spec.expert_kind == "swiglu":
+            made |= {f"{prefix}{name}": partial(stack, key) for name, key in _SWIGLU_STACKS.items()}
+            continue
+        made |= {f"{prefix}w1": partial(stack, "fc1.weight"), f"{prefix}w2": partial(stack, "fc2.weight")}
+        made[f"{prefix}w3"] = partial(_packed_biases, stack)
+    return made
+
+
+def _packed_biases(stack: Callable[[str], Tensor]) -> Tensor:
+    return join([stack("fc1.bias"), stack("fc2.bias")], dim=1)[:, None]
+
+
+def join(tensors: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, whose form for the meta device takes ten seconds to import."""
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    joined, start = tensors[0].new_empty(shape), 0
+    for tensor in tensors:
+        joined.narrow(dim, start, tensor.shape[dim]).copy_(tensor)
+        start += tensor.shape[dim]
+    return joined
+
+
+def write_published(
+    state: Mapping[str, Tensor], spec: ModelSpec, *, input_size: int, attention: str = "timm"
+) -> dict[str, Make]:
+    """Published key -> what makes its tensor from our weights; see `to_published`."""
+    check(state, our_shapes(spec), "dsmoe")
+    assert input_size % spec.patch == 0, (input_size, spec.patch)
+    made: dict[str, Make] = {POSITION_KEY: partial(_position_table, spec.dim, input_size // spec.patch)}
+    made |= {name: partial(state.__getitem__, key) for key, name in _published_names(spec, attention).items()}
+    for prefix in _expert_prefixes(spec):
+        if spec.expert_kind == "swiglu":
+            places = {key: (name, ...) for name, key in _SWIGLU_STACKS.items()}
+        else:
+            places = {"fc1.weight": ("w1", ...), "fc2.weight": ("w2", ...)}
+            places["fc1.bias"] = "w3", (0, slice(None, spec.mlp_hidden))
+            places["fc2.bias"] = "w3", (0, slice(spec.mlp_hidden, None))
+        for key, (name, part) in places.items():
+            for e in range(spec.num_experts):
+                made[f"{prefix}{e}.{key}"] = partial(_expert, state, f"{prefix}{name}", e, part)
+    return made
+
+
+def _position_table(dim: int, grid: int) -> Tensor:
+    return torch.from_numpy(position_embedding(dim, grid)).float()[None]
+
+
+def _expert(state: Mapping[str, Tensor], stack: str, expert: int, part: object) -> Tensor:
+    return state[stack][expert][part]
 
 
 def from_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: str = "timm") -> dict[str, Tensor]:
@@ -200,21 +281,9 @@ def from_published(state: Mapping[str, Tensor], spec: ModelSpec, *, attention: s
     Raises CheckpointError naming missing, unexpected and wrongly shaped keys, or a foreign position
     embedding. The grid of `pos_embed` may be any square; the model the result goes into computes its own.
     """
-    _check(state, published_shapes(spec, attention), f"published {attention}")
-    _check_position(state[POSITION_KEY], spec.dim)
-    ours = {key: state[name] for key, name in _published_names(spec, attention).items()}
-    for prefix in _expert_prefixes(spec):
-        if spec.expert_kind == "swiglu":
-            ours[f"{prefix}w1"] = _stack(state, prefix, "gate_proj.weight", spec.num_experts)
-            ours[f"{prefix}w2"] = _stack(state, prefix, "down_proj.weight", spec.num_experts)
-            ours[f"{prefix}w3"] = _stack(state, prefix, "up_proj.weight", spec.num_experts)
-            continue
-        ours[f"{prefix}w1"] = _stack(state, prefix, "fc1.weight", spec.num_experts)
-        ours[f"{prefix}w2"] = _stack(state, prefix, "fc2.weight", spec.num_experts)
-        first = _stack(state, prefix, "fc1.bias", spec.num_experts)
-        second = _stack(state, prefix, "fc2.bias", spec.num_experts)
-        ours[f"{prefix}w3"] = torch.cat([first, second], dim=1)[:, None]
-    return ours
+    check(state, published_shapes(spec, attention), f"published {attention}")
+    check_position(state[POSITION_KEY], spec.dim)
+    return {key: make() for key, make in read_published(state, spec, attention=attention).items()}
 
 
 def to_published(
@@ -225,22 +294,5 @@ def to_published(
     Tensors are passed on or are views of the packed ones, not copies. attention and CheckpointError as in
     `from_published`.
     """
-    _check(state, our_shapes(spec), "dsmoe")
-    assert input_size % spec.patch == 0, (input_size, spec.patch)
-    published = {name: state[key] for key, name in _published_names(spec, attention).items()}
-    table = position_embedding(spec.dim, input_size // spec.patch)
-    published[POSITION_KEY] = torch.from_numpy(table).float()[None]
-    for prefix in _expert_prefixes(spec):
-        w1, w2, w3 = (state[f"{prefix}{name}"] for name in ("w1", "w2", "w3"))
-        for e in range(spec.num_experts):
-            expert = f"{prefix}{e}"
-            if spec.expert_kind == "swiglu":
-                published[f"{expert}.gate_proj.weight"] = w1[e]
-                published[f"{expert}.up_proj.weight"] = w3[e]
-                published[f"{expert}.down_proj.weight"] = w2[e]
-                continue
-            published[f"{expert}.fc1.weight"] = w1[e]
-            published[f"{expert}.fc1.bias"] = w3[e, 0, : spec.mlp_hidden]
-            published[f"{expert}.fc2.weight"] = w2[e]
-            published[f"{expert}.fc2.bias"] = w3[e, 0, spec.mlp_hidden :]
-    return published
+    made = write_published(state, spec, input_size=input_size, attention=attention)
+    return {name: make() for name, make in made.items()}

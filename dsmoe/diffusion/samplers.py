@@ -134,8 +134,8 @@ def euler(
     x = x_1.to(work_dtype(x_1))
     for i in range(steps):
         t = x.new_full((len(x),), (steps - i) / steps, dtype=torch.float32)
-        velocity, _ = split_output(model(x, flow.model_time(t)), x.shape[1])
-        x = x - velocity.to(x.dtype) / steps
+        prediction, _ = split_output(model(x, flow.model_time(t)), x.shape[1])
+        x = x - flow.velocity(prediction).to(x.dtype) / steps
         if callback is not None:
             callback(i, steps, x)
     return x

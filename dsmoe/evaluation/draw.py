@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from dsmoe.base.command_line import Parser
 from dsmoe.base.diffusion import SAMPLERS, SPACING, SPACINGS, check_sampler
 from dsmoe.base.errors import CheckpointError, ConfigError, choose_from
-from dsmoe.base.plan import Plan
+from dsmoe.base.plan import UNKNOWN_SHA, Plan
 from dsmoe.base.run_folder import RunFolder
 from dsmoe.checkpoint.weights import Weights, build_model, load_weights
 from dsmoe.codec import build as build_codec
@@ -56,21 +56,47 @@ class Trained:
         return draw_shared(self.model, self.plan, self.codec, labels, numbers, sampling, device=self.device)
 
 
-def open_trained(run_or_file: str, device: Device) -> Trained:
-    """The averaged weights of a run folder, or a weight file of ours, with their codec.
+@dataclass(frozen=True)
+class Foreign:
+    """Reads weights of any origin, which is `convert`'s, a room beside this one: a launcher puts the two together.
 
-    CheckpointError when there are none, they are damaged, or the codec found is another than they were trained with.
+    add_options(parser) adds the options that `read` asks for; read(path, options) gives the file's path and weights.
     """
-    path = find_weights(Path(run_or_file))
-    weights = load_weights(path)
-    recipe = weights.plan.recipe
+
+    add_options: Callable[[argparse.ArgumentParser], None]
+    read: Callable[[Path, argparse.Namespace], tuple[Path, Weights]]
+
+
+def read_ours(path: Path, options: argparse.Namespace | None = None) -> tuple[Path, Weights]:
+    """The averaged weights of a run folder, or a weight file of ours; CheckpointError when there are none."""
+    file = find_weights(path)
+    return file, load_weights(file)
+
+
+def open_trained(run_or_file: str, device: Device, read: Callable[[Path], tuple[Path, Weights]] = read_ours) -> Trained:
+    """Weights with their codec; read: how (a Foreign's, with its options).
+
+    CheckpointError when there are none, they are damaged, or the codec found is another than they were trained with;
+    ConfigError when they draw from more than a class.
+    """
+    path, weights = read(Path(run_or_file))
+    if weights.plan.recipe.model.conditions:
+        raise ConfigError(f"{path} draws from latents of other images; here images are drawn from a class alone.")
+    recipe, facts = weights.plan.recipe, weights.plan.codec
     codec = build_codec(recipe.codec.name, recipe.codec.path)
-    trained, found = weights.plan.codec.get("sha256"), codec.provenance["sha256"]
-    if trained != found:
+    trained, found = facts.get("sha256"), codec.provenance["sha256"]
+    if (codec.channels, str(codec.factor)) != (weights.plan.model.in_channels, facts["factor"]):
         raise CheckpointError(
-            f"{path} was trained with codec {recipe.codec.name} of sha256 {trained}, but the one found "
+            f"{path} knows latents of {weights.plan.model.in_channels} channels at 1/{facts['factor']} of the image "
+            f"side, codec {codec.name} makes {codec.channels} at 1/{codec.factor}; give --codec another."
+        )
+    if trained == UNKNOWN_SHA:
+        get_logger().info("which %s autoencoder the weights were trained with is not recorded: not checked", codec.name)
+    elif trained != found:
+        raise CheckpointError(
+            f"{path} was trained with codec {facts['name']} of sha256 {trained}, but the one found "
             f"({recipe.codec.path or 'the one that ships with dsmoe'}) has sha256 {found}; its images would be wrong. "
-            "Restore that codec file."
+            "Restore that codec file, or give --codec-path where it has moved to."
         )
     codec.to(device.torch_device)
     return Trained(path, weights, build_model(weights, device.torch_device), codec, device.torch_device)
@@ -144,7 +170,7 @@ def image_numbers(labels: Tensor, within: Tensor, num_classes: int) -> Tensor:
 def add_sampling_options(parser: Parser) -> None:
     """The options that `choose_sampling` reads, and --checkpoint."""
     parser.add_argument(
-        "--checkpoint", metavar="RUN|FILE", help="run folder (its averaged weights) or .safetensors file"
+        "--checkpoint", metavar="RUN|FILE", help="run folder (its averaged weights), or a weight file or folder"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="network evaluations an image (default: the run's)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's (euler for rectified flow, else ddim)")
@@ -161,25 +187,34 @@ def _channels(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
-def main(argv: Sequence[str], description: str, environ: Mapping[str, str] = os.environ) -> int:
+def main(
+    argv: Sequence[str],
+    description: str,
+    environ: Mapping[str, str] = os.environ,
+    foreign: Foreign | None = None,
+) -> int:
     """`launchers/sample.py`: draw a captioned sheet, on all ranks that were started; returns the exit code."""
     parser = Parser(description)
     add_sampling_options(parser)
+    if foreign is not None:
+        foreign.add_options(parser)
     parser.add_argument("--classes", default="all", metavar="all|NAME,ID,...", help="default all")
     parser.add_argument("--per-class", type=int, default=4, metavar="N", help="images of each class (default 4)")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: in the run's samples folder")
     parser.add_argument(
         "--npz", type=Path, metavar="FILE.npz", help="also all images: arr_0 uint8 [N, H, W, 3], labels, numbers"
     )
-    return run(parser, argv, _sample, environ)
+    return run(parser, argv, functools.partial(_sample, foreign.read if foreign else read_ours), environ)
 
 
-def _sample(options: argparse.Namespace, device: Device) -> int:
+def _sample(
+    read: Callable[[Path, argparse.Namespace], tuple[Path, Weights]], options: argparse.Namespace, device: Device
+) -> int:
     if options.checkpoint is None:
         raise ConfigError("--checkpoint is missing; give a run folder or a .safetensors file.")
     if options.per_class < 1:
         raise ConfigError(f"--per-class is {options.per_class}; it must be at least 1.")
-    trained = open_trained(options.checkpoint, device)
+    trained = open_trained(options.checkpoint, device, functools.partial(read, options=options))
     plan = trained.plan
     sampling = choose_sampling(plan, options)
     classes = torch.tensor(choose_classes(options.classes, plan.data.class_names))

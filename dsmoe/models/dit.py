@@ -20,6 +20,7 @@ from dsmoe.models.embedders import (
     LabelEmbedder,
     Linear,
     PatchEmbed,
+    PatchEmbedRouter,
     TimestepEmbedder,
     ZeroLinear,
     position_embedding,
@@ -104,10 +105,10 @@ class DiT(FixedBufferModule):
     """Class-conditional diffusion transformer over square latents.
 
     spec: the architecture. input_size: latent side S, a multiple of spec.patch (else ConfigError).
-    in_channels: latent channels C. num_classes: labels 0..num_classes-1; with `null_class` one more row,
-    index num_classes, stands for "no label". learn_sigma: the output has 2C channels, prediction then
-    variance. balance_scope, selection_bias: passed to every MoE block. moe_cls: the MoE block, replaced by the training
-    engine's subclass.
+    in_channels: channels C of a latent; the input has C (1 + spec.conditions). num_classes: labels
+    0..num_classes-1; with `null_class` one more row, index num_classes, stands for "no label". learn_sigma: the
+    output has 2C channels, prediction then variance. balance_scope, selection_bias: passed to every MoE block.
+    moe_cls: the MoE block, replaced by the training engine's subclass.
 
     Storage may be fp32, bf16 or fp64; LayerNorm, modulation, softmax, router and timestep features are
     computed in fp32 at least. `pos_embed` [1, T, D] is an fp32 buffer outside the state dict, whatever the
@@ -135,13 +136,19 @@ class DiT(FixedBufferModule):
             )
         self.spec = spec
         self.input_size = input_size
-        self.in_channels = in_channels
+        self.in_channels = spec.input_channels(in_channels)
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes = num_classes
         self.tokens = (input_size // spec.patch) ** 2
         self.activation_checkpointing = False
         self.register_fixed("pos_embed", position_embedding(spec.dim, input_size // spec.patch)[None])
-        self.x_embedder = PatchEmbed(in_channels, spec.dim, spec.patch)
+        if spec.tasks > num_classes:
+            raise ConfigError(f"model.tasks is {spec.tasks} but there are {num_classes} labels; give every task one.")
+        if spec.tasks:
+            first = num_classes - spec.tasks
+            self.x_embedder = PatchEmbedRouter(self.in_channels, spec.dim, spec.patch, range(first, num_classes))
+        else:
+            self.x_embedder = PatchEmbed(self.in_channels, spec.dim, spec.patch)
         self.t_embedder = TimestepEmbedder(spec.dim)
         self.y_embedder = LabelEmbedder(num_classes, spec.dim, null_class)
         self.blocks = nn.ModuleList(
@@ -156,7 +163,8 @@ class DiT(FixedBufferModule):
         For a model built on the meta device and then given memory by `to_empty`; not for partitioned
         parameters. Bound b means U(-b, b):
 
-        - x_embedder.proj, attn.qkv, attn.proj, mlp.fc1, mlp.fc2: weight b = sqrt(6/(in+out)), bias 0;
+        - x_embedder.proj (each of a router's), attn.qkv, attn.proj, mlp.fc1, mlp.fc2: weight b = sqrt(6/(in+out)),
+          bias 0;
         - attn.q_norm, attn.k_norm: weight 1, bias 0;
         - t_embedder.mlp.{0,2}: weight N(0, 0.02), bias 0; y_embedder.embedding_table: N(0, 0.02);
         - every adaLN_modulation.1 and final_layer.linear: 0;
@@ -168,11 +176,13 @@ class DiT(FixedBufferModule):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ModelStats | None]:
         """Predict from noisy latents.
 
-        x [B, C, S, S]; t [B] float or int in original step units; y [B] int64, null label = num_classes.
+        x [B, C (1 + conditions), S, S], conditions first, the noisy latent last (contracts 2.3.4); t [B] float or
+        int in the units the weights were trained with; y [B] int64, null label = num_classes. With spec.tasks the
+        label, one of the last ones before the null label, also chooses the image's patch convolution.
         Returns (out [B, C or 2C, S, S] in the storage dtype, ModelStats, or None for a dense model).
         """
         assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), tuple(x.shape)
-        tokens = self.x_embedder(x)
+        tokens = self.x_embedder(x, y) if self.spec.tasks else self.x_embedder(x)
         tokens = (tokens + self.pos_embed).to(tokens.dtype)
         c = self.t_embedder(t) + self.y_embedder(y)
         layers: list[MoEStats] = []

@@ -129,6 +129,34 @@ class PatchEmbed(nn.Module):
         return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
+class PatchEmbedRouter(nn.Module):
+    """Like PatchEmbed with one convolution a task, `proj.conv_in_{1..}`: an image goes through its label's (2.3.3).
+
+    labels: those of the tasks, in the order of the convolutions. An image with another label becomes NaN: nothing
+    here may wait for the device to look at labels, and no convolution would be the right one.
+    """
+
+    def __init__(self, channels: int, dim: int, patch: int, labels: range) -> None:
+        super().__init__()
+        self.labels = labels
+        self.proj = nn.ModuleDict(
+            {f"conv_in_{i + 1}": PatchConv(channels, dim, kernel_size=patch, stride=patch) for i in range(len(labels))}
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [B, C, S, S], labels y int64 [B] to tokens [B, T, D].
+
+        Every convolution sees the whole batch, on every rank and in every step: under ZeRO-3 ranks must ask for the
+        same weights in the same order, whatever tasks they drew. It costs one more thousandth of a forward pass.
+        """
+        out = None
+        for label, conv in zip(self.labels, self.proj.values(), strict=True):
+            found = conv(x.to(conv.weight.dtype))
+            out = torch.full_like(found, torch.nan) if out is None else out
+            out = torch.where((y == label)[:, None, None, None], found, out)
+        return out.flatten(2).transpose(1, 2)
+
+
 class TimestepEmbedder(FixedBufferModule):
     """Timestep [B] to [B, D]: 256 features [cos | sin] of t * exp(-ln(1e4) i/128), then Linear-SiLU-Linear.
 

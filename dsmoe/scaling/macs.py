@@ -195,7 +195,7 @@ def on_meta(sized: SizedModel, *, all_experts: bool = False) -> DiT:
 
 
 def _one_image(model: DiT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    weight = model.x_embedder.proj.weight
+    weight = model.final_layer.linear.weight
     x = weight.new_zeros(1, model.in_channels, model.input_size, model.input_size)
     return x, weight.new_zeros(1), weight.new_zeros(1, dtype=torch.int64)
 

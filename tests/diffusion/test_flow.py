@@ -6,6 +6,7 @@ import torch
 
 from dsmoe.base.errors import ConfigError
 from dsmoe.diffusion.flow import RectifiedFlow
+from dsmoe.diffusion.samplers import euler
 
 FLOW = RectifiedFlow()
 TIMES = torch.tensor([2.0**-24, 0.1, 0.5, 0.9, 1.0])
@@ -86,3 +87,26 @@ def test_a_wrong_number_of_channels_is_a_config_error(batch):
     t, x0, noise, output = batch
     with pytest.raises(ConfigError, match="3 channels for a state of 2"):
         FLOW.training_loss(output[:, :3], x0, x0, t, noise)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_other_codes_conventions_give_the_same_path_and_the_same_walk(scale):
+    """SiT: with s = 1 - t the network sees x = s x0 + (1 - s) noise and predicts dx/ds = x0 - noise."""
+    plain, other = RectifiedFlow(), RectifiedFlow(scale, "image")
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.25, 0.5, 1.0])
+    torch.testing.assert_close(other.model_time(t), scale * torch.tensor([0.75, 0.5, 0.0]), rtol=0, atol=0)
+    torch.testing.assert_close(RectifiedFlow(scale).model_time(t), scale * t, rtol=0, atol=0)
+    assert torch.equal(other.corrupt(x0, t, noise), plain.corrupt(x0, t, noise))
+    assert torch.equal(other.target(x0, t, noise), x0 - noise)
+    x_t = other.corrupt(x0, t, noise)
+    torch.testing.assert_close(other.denoise(x0 - noise, x_t, t), x0, rtol=0, atol=1e-12)
+    assert other.training_loss(x0 - noise, x0, x_t, t, noise).total.abs().max() == 0
+
+    def field(x, told):
+        return (0.3 * x + told[:, None, None, None]).double()
+
+    walked = euler(field, noise, plain, 7)
+    mirrored = euler(lambda x, told: -field(x, 1 - told / scale), noise, other, 7)
+    torch.testing.assert_close(mirrored, walked, rtol=0, atol=1e-6)
