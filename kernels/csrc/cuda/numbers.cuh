@@ -90,6 +90,11 @@ struct Raw8 {
     for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++)
       words[i] = none ? make_uint4(0, 0, 0, 0) : load16(row + c.first + i * (16 / sizeof(T)));
   }
+  __device__ __forceinline__ void store(T* row, Columns<kVector> c, int width) const {
+    if (c.none(width)) return;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) store16(row + c.first + i * (16 / sizeof(T)), words[i]);
+  }
   __device__ __forceinline__ void get(float (&v)[8]) const {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) {
@@ -112,6 +117,11 @@ struct Raw8<T, false> {
   __device__ __forceinline__ void load(const T* row, Columns<false> c, int width) {
 #pragma unroll
     for (int i = 0; i < 8; i++) values[i] = c[i] < width ? row[c[i]] : from_float<T>(0.f);
+  }
+  __device__ __forceinline__ void store(T* row, Columns<false> c, int width) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (c[i] < width) row[c[i]] = values[i];
   }
   __device__ __forceinline__ void get(float (&v)[8]) const {
 #pragma unroll
