@@ -21,7 +21,7 @@ SOURCES = ROOT / "kernels" / "csrc"
 BUILDS = ROOT / "build" / "kernel_emulation"
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
-FAMILIES = ("route",)
+FAMILIES = ("route", "rows", "activation", "modulate")
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

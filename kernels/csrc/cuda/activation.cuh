@@ -10,11 +10,18 @@ constexpr int kActWarps = kActThreads / kWarp;
 constexpr int kActChunk = 32;     // backward: rows of a block
 constexpr int kActMaxWarps = 32;
 
-// The hardware's approximations are good to about 2^-21; float32 rows get the exact forms.
+// The logistic function and its slope value * (1 - value). From q = exp(-|x|): no overflow, and no 1 - value, which
+// would lose all digits where the value is near 1. The hardware's approximations are good to about 2^-21; float32 rows
+// get the exact forms.
+struct Logistic {
+  float value, slope;
+};
 template <class T>
-__device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (std::is_same_v<T, float>) return 1.f / (1.f + expf(-x));
-  else return __fdividef(1.f, 1.f + __expf(-x));
+__device__ __forceinline__ Logistic logistic(float x) {
+  constexpr bool exact = std::is_same_v<T, float>;
+  const float q = exact ? expf(-fabsf(x)) : __expf(-fabsf(x));
+  const float right = exact ? 1.f / (1.f + q) : __fdividef(1.f, 1.f + q);
+  return {x < 0.f ? q * right : right, q * right * right};
 }
 
 // gelu_tanh(x) = x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3): the same as x (1 + tanh u) / 2.
@@ -24,19 +31,14 @@ struct Activated {
   float value, d_first, d_second;  // d_first by h, d_second by up
 };
 template <class T, int kKind>
-__device__ __forceinline__ float activate(float h, float up) {
-  if constexpr (kKind == DSMOE_SWIGLU) return h * sigmoid<T>(h) * up;
-  else return h * sigmoid<T>(2.f * kGeluScale * (h + kGeluCube * h * h * h));
-}
-template <class T, int kKind>
-__device__ __forceinline__ Activated activate_with_slope(float h, float up) {
+__device__ __forceinline__ Activated activate(float h, float up) {
   if constexpr (kKind == DSMOE_SWIGLU) {
-    const float s = sigmoid<T>(h), silu = h * s;
-    return {silu * up, up * (s + silu * (1.f - s)), silu};
+    const Logistic s = logistic<T>(h);
+    return {h * s.value * up, up * (s.value + h * s.slope), h * s.value};
   } else {
-    const float s = sigmoid<T>(2.f * kGeluScale * (h + kGeluCube * h * h * h));
-    const float slope = 2.f * kGeluScale * (1.f + 3.f * kGeluCube * h * h);
-    return {h * s, s + h * s * (1.f - s) * slope, 0.f};
+    const Logistic s = logistic<T>(2.f * kGeluScale * (h + kGeluCube * h * h * h));
+    const float inner = 2.f * kGeluScale * (1.f + 3.f * kGeluCube * h * h);
+    return {h * s.value, s.value + h * s.slope * inner, 0.f};
   }
 }
 
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kActThreads)
       for (int i = 0; i < 8; i++) h[i] += second[i];
     }
 #pragma unroll
-    for (int i = 0; i < 8; i++) h[i] = past ? 0.f : gate * activate<T, kKind>(h[i], second[i]);
+    for (int i = 0; i < 8; i++) h[i] = past ? 0.f : gate * activate<T, kKind>(h[i], second[i]).value;
     store8<T, kVector>(a + r * width, columns, width, h);
   }
 }
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(1024)
     float dot = 0.f, a[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const Activated act = activate_with_slope<T, kKind>(h[i] + bias[i], up[i]);
+      const Activated act = activate<T, kKind>(h[i] + bias[i], up[i]);
       dot = fmaf(da[i], act.value, dot);
       const float d = gate * da[i];
       h[i] = past ? 0.f : d * act.d_first;
