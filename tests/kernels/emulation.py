@@ -19,7 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "kernels" / "csrc"
 BUILDS = ROOT / "build" / "kernel_emulation"
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
 FAMILIES = ("route", "rows", "activation", "modulate")
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
@@ -40,9 +40,11 @@ def _hash(folder: Path, words: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(sources: Path = SOURCES, families: tuple[str, ...] = FAMILIES, sanitize: bool = False) -> Path:
+def build(
+    sources: Path = SOURCES, families: tuple[str, ...] = FAMILIES, sanitize: bool = False, optimize: str = "-O1"
+) -> Path:
     """The shared library of these families (NAME.cu), compiled unless the same sources were before."""
-    flags = FLAGS + (SANITIZE if sanitize else ())
+    flags = (*FLAGS, optimize, *(SANITIZE if sanitize else ()))
     trees = [_hash(sources / part, (*flags, *families, str(compiler()))) for part in ("cuda", "emulation")]
     folder = BUILDS / "-".join(trees)
     library = folder / "libdsmoe_emulated.so"
@@ -85,7 +87,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
 
     def configure(self, schedule: int, os_threads: int = 1) -> None:
-        """schedule 0: threads of a block in order, 1: reversed, from 2 on: shuffled by that seed."""
+        """schedule 0: threads of a block in order, 1: reversed, 2: in order, one warp ahead; above: by that seed."""
         self._functions.dsmoe_emu_configure(schedule, os_threads)
 
     def call(self, name: str, *arguments: object) -> int:

@@ -84,8 +84,9 @@ struct Block {
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
   int size = 0, live = 0, turn = 0;
-  unsigned stalled = 0;  // turns since anything last moved
-  uint64_t launch = 0;
+  bool warp_ahead = false;   // a warp goes on while any of its lanes can
+  unsigned stalled = 0;      // turns since anything last moved
+  unsigned warp_turns = 0;   // the same within the warp whose turn it is
 };
 
 inline thread_local Block* block = nullptr;
@@ -110,6 +111,28 @@ inline thread_local uint3 block_index;
   stop("deadlock: threads wait for what never comes");
 }
 
+inline void moved() { block->stalled = block->warp_turns = 0; }
+
+// The live thread whose turn is next: in the order of the block; or of the same warp, until none of it moves.
+inline Thread* next_thread() {
+  const Thread* me = thread;
+  const unsigned lanes = block->warps[me->warp].live;
+  if (block->warp_ahead && lanes && ++block->warp_turns <= static_cast<unsigned>(__builtin_popcount(lanes))) {
+    int lane = me->lane;
+    do lane = (lane + 1) % kWarpSize;
+    while (!(lanes >> lane & 1));
+    return &block->threads[me->warp * kWarpSize + lane];
+  }
+  block->warp_turns = 0;
+  Thread* next;
+  int tried = 0;
+  do {
+    if (++block->turn == block->size) block->turn = 0;
+    next = &block->threads[block->order[block->turn]];
+  } while (next->finished || (block->warp_ahead && next->warp == me->warp && ++tried < block->size));
+  return next;
+}
+
 // Hands over to the next live thread of the block, or to the launcher when none is left.
 inline void give_way() {
   Thread* me = thread;
@@ -118,18 +141,11 @@ inline void give_way() {
     switch_fiber(me->fiber, block->host);
     return;
   }
-  for (;;) {
-    if (++block->turn == block->size) block->turn = 0;
-    Thread* next = &block->threads[block->order[block->turn]];
-    if (next->finished) continue;
-    if (next == me) return;
-    thread = next;
-    switch_fiber(me->fiber, next->fiber);
-    return;
-  }
+  Thread* next = next_thread();
+  if (next == me) return;
+  thread = next;
+  switch_fiber(me->fiber, next->fiber);
 }
-
-inline void moved() { block->stalled = 0; }
 
 // One turn of waiting. After every live thread has had turns in which nothing moved, nothing ever will.
 inline void wait_a_turn(const char* what) {
@@ -177,11 +193,12 @@ inline uint64_t next_random(uint64_t& state) {
   return state;
 }
 
-// schedule 0: in order; 1: reversed; from 2 on: shuffled by that seed.
+// schedule 0 and 2: in order; 1: reversed; from 3 on: shuffled by that seed. In even ones from 2 on, one warp runs ahead of
+// the others as far as it can (to the next barrier of the block); else the threads take turns at every shuffle too.
 inline void fill_order(std::vector<int>& order, int n, int schedule, uint64_t salt) {
   order.resize(n);
   for (int i = 0; i < n; i++) order[i] = schedule == 1 ? n - 1 - i : i;
-  if (schedule < 2) return;
+  if (schedule < 3) return;
   uint64_t state = 0x9E3779B97F4A7C15ull * (schedule + 1 + salt * 7919u);
   for (int i = n - 1; i > 0; i--) std::swap(order[i], order[next_random(state) % (i + 1)]);
 }
@@ -207,9 +224,10 @@ inline void start_threads(Block& b) {
 inline void run_block(Block& b, size_t dynamic_bytes, int schedule) {
   b.size = b.live = block_size.x * block_size.y * block_size.z;
   b.turn = 0;
-  b.stalled = 0;
+  b.stalled = b.warp_turns = 0;
   b.barrier = {};
   fill_order(b.order, b.size, schedule, block_index.x);
+  b.warp_ahead = schedule >= 2 && schedule % 2 == 0;
   b.dynamic_memory.allocate(dynamic_bytes);
   for (SharedMemory& m : b.static_memory) m.id = -1;
   start_threads(b);
