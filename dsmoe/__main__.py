@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="print what was found here and which implementation each op uses")
     doctor.add_argument("--no-measure", action="store_true", help="leave out the timing of a matrix product")
+    doctor.add_argument("--deepspeed_config", metavar="FILE", help="show the ops as a run with this file uses them")
     doctor.set_defaults(run=_doctor)
     recipes = commands.add_parser("recipes", help="list the recipes that --recipe accepts by name")
     recipes.set_defaults(run=_recipes)
@@ -63,8 +64,12 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(arguments: argparse.Namespace) -> int:
     # Imported here, as in every command, so that --help needs no torch.
     from dsmoe import ops
+    from dsmoe.ds_config import load_policy
+    from dsmoe.runtime.device import Device
     from dsmoe.runtime.doctor import report
 
+    if arguments.deepspeed_config:
+        ops.prefer(load_policy(arguments.deepspeed_config).block.ops, Device.pick().kind)
     _print_table([("dsmoe", __version__), *report(ops.implementations, measure=not arguments.no_measure)])
     return 0
 

@@ -107,6 +107,16 @@ ENGINES = [
         "model.preset=nano",
         says=("expert_parallel_size' is 2", "the model is dense", "set 1"),
     ),
+    engine(
+        "unknown op",
+        {"dsmoe": {"ops": {"gather": "reference"}}},
+        says=("mine.json: 'dsmoe.ops': unknown op 'gather'", "rows"),
+    ),
+    engine(
+        "unknown implementation of an op",
+        {"dsmoe": {"ops": {"gather_rows": "triton"}}},
+        says=("mine.json: 'dsmoe.ops': unknown implementation of ops.gather_rows on cpu 'triton'", "reference"),
+    ),
     engine("unknown optimizer", {"dsmoe": {"optimizer": "adam"}}, says=("dsmoe.optimizer 'adam'", "cpu_adam")),
     engine("apex on a CPU", {"dsmoe": {"optimizer": "apex"}}, says=("apex", "use auto or torch_fused")),
 ]

@@ -1,5 +1,6 @@
 """`python -m dsmoe` as a user types it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe import __main__ as command
+from dsmoe import ops
 from dsmoe.base.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,3 +64,15 @@ def test_doctor_reports_every_op_and_the_device(capsys):
     assert {"dsmoe", "python", "torch", "device", "deepspeed", "compiler", "nvcc", "extensions"} <= {
         k.strip() for k in lines
     }
+
+
+def test_doctor_shows_the_ops_as_a_ds_config_prefers_them(tmp_path, monkeypatch, capsys):
+    file, asked = tmp_path / "engine.json", []
+    file.write_text(json.dumps({"dsmoe": {"ops": {"route": "reference"}}}))
+    monkeypatch.setattr(ops, "prefer", lambda preferences, device: asked.append((preferences, device)))
+    assert command.main(["doctor", "--no-measure", "--deepspeed_config", str(file)]) == 0
+    assert asked == [({"route": "reference"}, "cpu")]
+    monkeypatch.undo()
+    file.write_text(json.dumps({"dsmoe": {"ops": {"rout": "reference"}}}))
+    assert command.main(["doctor", "--no-measure", "--deepspeed_config", str(file)]) == 2
+    assert "unknown op 'rout'. Did you mean 'route'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ data, codec and engine policy.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsmoe.base.errors import CheckpointError
 from dsmoe.base.recipe import Recipe, recipe_from_dict, recipe_to_dict, science_hash
@@ -20,6 +20,7 @@ class EngineFacts:
     """Engine policy as resolved for this job; may change between a run and its resumption.
 
     world_size ranks, each with micro_batch images a micro-step and accumulation micro-steps an optimizer step.
+    ops: operation -> the implementation that the ds_config prefers to the default one.
     """
 
     ds_config: str
@@ -33,6 +34,7 @@ class EngineFacts:
     activation_checkpointing: bool
     optimizer: str
     offload: bool
+    ops: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,8 @@ def describe(plan: Plan) -> str:
         ),
         ("ds_config", f"{engine.ds_config} ({engine.about})"),
     ]
+    if engine.ops:
+        rows.append(("preferred operations", ", ".join(f"{op}: {name}" for op, name in engine.ops.items())))
     rows += [(key, str(value)) for key, value in plan.schedule.items()]
     rows += _memory_rows(plan.memory)
     lines = [f"{key:<28}{value}" for key, value in rows]

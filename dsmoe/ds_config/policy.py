@@ -1,7 +1,7 @@
 """A ds_config file as checked engine policy. What the recipe owns must stand as "auto" here (design decision 1)."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from dsmoe.base.errors import ConfigError, choose_from
@@ -53,6 +53,7 @@ class DsmoeBlock:
 
     about: what the file is for. data_workers: loader processes a rank (0 reads in the training process).
     optimizer: which AdamW implementation; auto picks CPU Adam with offload, apex or fused torch where present.
+    ops: operation -> the implementation to prefer, by the names that `python -m dsmoe doctor` lists.
     """
 
     about: str = ""
@@ -61,6 +62,7 @@ class DsmoeBlock:
     optimizer: str = "auto"
     data_workers: int = 0
     timeout_minutes: float = 30.0
+    ops: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ def _our_block(path: str, tree: object) -> DsmoeBlock:
             _fail(path, choose_from("key", f"dsmoe.{key}", [f"dsmoe.{k}" for k in kinds]))
         accepted = (int, float) if kinds[key] is float else kinds[key]
         if not isinstance(value, accepted) or (isinstance(value, bool) and kinds[key] is not bool):
-            words = {str: "text", int: "a whole number", bool: "true or false", float: "a number"}
+            words = {str: "text", int: "a whole number", bool: "true or false", float: "a number", dict: "an object"}
             _fail(path, f"'dsmoe.{key}' is {json.dumps(value)}; it must be {words[kinds[key]]}.")
     block = DsmoeBlock(**tree)
     if block.expert_parallel_size < 1:
@@ -213,4 +215,7 @@ def _our_block(path: str, tree: object) -> DsmoeBlock:
         )
     if block.optimizer not in OPTIMIZERS:
         _fail(path, choose_from("dsmoe.optimizer", block.optimizer, OPTIMIZERS))
+    for op, name in block.ops.items():
+        if not isinstance(name, str):
+            _fail(path, f"'dsmoe.ops.{op}' is {json.dumps(name)}; it must be text, the name of an implementation.")
     return block

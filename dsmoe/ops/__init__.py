@@ -3,20 +3,24 @@
 Shapes: B batch, T tokens, D dim, N tokens flattened, E experts, k choices, R = N*k rows in expert order (all
 rows of expert 0 first).
 
-Each op runs the best implementation for the device of its first argument (`implementations()` lists them);
-`dsmoe.ops.random` is apart, because random integers must be the same everywhere.
+Each op runs the best implementation for the device of its first argument (`implementations()` lists them), or the
+one that `prefer()` names; `dsmoe.ops.random` is apart, because random integers must be the same everywhere.
 """
+
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from dsmoe.ops import native
-from dsmoe.ops.dispatch import Implementation, Op, use
+from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.ops import megatron, native
+from dsmoe.ops.dispatch import Implementation, Op, set_preferred, use
 from dsmoe.ops.reference import activation, ffn, grouped, modulation, routing, rows
 from dsmoe.ops.reference.routing import Routing
 
 __all__ = [
     "Routing",
     "add_expert_bias",
+    "check_preferences",
     "expert_act",
     "expert_rows",
     "gather_rows",
@@ -25,6 +29,7 @@ __all__ = [
     "kernels",
     "modulate",
     "moe_ffn",
+    "prefer",
     "route",
     "sum_rows",
     "use",
@@ -41,7 +46,7 @@ _REFERENCE = (
     ffn.moe_ffn,
     ffn.expert_rows,
 )
-# The default where they serve: measured on a CPU, table in kernels/README.md.
+# Before the reference, so the default where they serve: measured on a CPU, table in kernels/README.md.
 _NATIVE = {
     function.__name__: (Implementation("native", function, native.DEVICES),)
     for function in (
@@ -53,12 +58,18 @@ _NATIVE = {
         native.moe_ffn,
     )
 }
-_OPS = {
-    function.__name__: Op(
-        function.__name__, (*_NATIVE.get(function.__name__, ()), Implementation("reference", function))
-    )
-    for function in _REFERENCE
+# After the reference: on no machine the default.
+_OTHERS = {
+    function.__name__: (Implementation("megatron", function, megatron.DEVICES, megatron.installed, megatron.load),)
+    for function in (megatron.gather_rows, megatron.sum_rows)
 }
+
+
+def _op(name: str, reference: Callable) -> Op:
+    return Op(name, (*_NATIVE.get(name, ()), Implementation("reference", reference), *_OTHERS.get(name, ())))
+
+
+_OPS = {function.__name__: _op(function.__name__, function) for function in _REFERENCE}
 
 
 def kernels() -> str:
@@ -69,6 +80,28 @@ def kernels() -> str:
 def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     """(op, implementation in use, all that serve the device) for each op, on "cpu", "cuda", ..."""
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
+
+
+def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:
+    """ConfigError with the choices for an unknown op, or an implementation that is not to be had on the device.
+
+    preferences: op -> name of an implementation, as `implementations()` lists them.
+    """
+    for op, name in preferences.items():
+        if op not in _OPS:
+            raise ConfigError(choose_from("op", op, _OPS))
+        _OPS[op].named(name, device_type).load()
+
+
+def prefer(preferences: Mapping[str, str], device_type: str) -> None:
+    """From now on in this process these implementations come before the default order, on devices that they serve.
+
+    Replaces what was preferred before; {} is the default order. Errors: see check_preferences. The native moe_ffn has
+    its pieces inside, so preferences for gather_rows and the like reach the experts on one rank only with
+    {"moe_ffn": "reference"}.
+    """
+    check_preferences(preferences, device_type)
+    set_preferred(preferences)
 
 
 def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:

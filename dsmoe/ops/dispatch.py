@@ -1,31 +1,38 @@
-"""Which implementation serves an operation: by device type, printable, and overridable in tests."""
+"""Which implementation serves an operation: by device type, printable, preferred by name, overridable in tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dsmoe.base.errors import ConfigError, choose_from
 
 
-class _Override:
-    """The name given to use(). A plain attribute: torch.compile can trace and guard it, not a ContextVar."""
+class _Selection:
+    """What use() and prefer() were given. Plain attributes: torch.compile can trace and guard them, no ContextVar."""
 
-    name: str | None = None
+    forced: str | None = None
+    preferred: Mapping[str, str] = {}
 
 
-_override = _Override()
+_selection = _Selection()
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. `devices`: torch device types it serves, None for all."""
+    """One way to compute an op. devices: torch device types it serves, None for all.
+
+    present: whether what it needs is installed; asked whenever a choice or a list comes to it, so it must be cheap.
+    load: gets it ready, ConfigError when that fails; called when somebody prefers it, before anything runs.
+    """
 
     name: str
     function: Callable
     devices: frozenset[str] | None = None
+    present: Callable[[], bool] = lambda: True
+    load: Callable[[], object] = lambda: None
 
     def serves(self, device_type: str) -> bool:
-        return self.devices is None or device_type in self.devices
+        return (self.devices is None or device_type in self.devices) and self.present()
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,24 @@ class Op:
         return self.choose(x.device.type).function(x, *args, **kwargs)
 
     def choose(self, device_type: str) -> Implementation:
-        """The first implementation for the device, or the one use() names; ConfigError if there is none."""
-        forced = _override.name
+        """The one that use() names; else the one that prefer() names, where it serves the device; else the first that
+        does. ConfigError if there is none."""
+        forced = _selection.forced
+        wanted, first = forced or _selection.preferred.get(self.name), None
         for candidate in self.implementations:
-            if forced in (None, candidate.name) and candidate.serves(device_type):
+            if wanted in (None, candidate.name) and candidate.serves(device_type):
+                return candidate
+            if first is None and forced is None and candidate.serves(device_type):
+                first = candidate
+        return first or self.named(forced, device_type)
+
+    def named(self, name: str | None, device_type: str) -> Implementation:
+        """The implementation of that name; ConfigError with the choices where it does not serve the device."""
+        for candidate in self.implementations:
+            if candidate.name == name and candidate.serves(device_type):
                 return candidate
         kind = f"implementation of ops.{self.name} on {device_type}"
-        raise ConfigError(choose_from(kind, forced, self.available(device_type)))
+        raise ConfigError(choose_from(kind, name, self.available(device_type)))
 
     def available(self, device_type: str) -> tuple[str, ...]:
         return tuple(i.name for i in self.implementations if i.serves(device_type))
@@ -57,8 +75,13 @@ class Op:
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Within the context every op must run the implementation of this name (process-wide: for tests)."""
-    before, _override.name = _override.name, name
+    before, _selection.forced = _selection.forced, name
     try:
         yield
     finally:
-        _override.name = before
+        _selection.forced = before
+
+
+def set_preferred(preferences: Mapping[str, str]) -> None:
+    """From now on in this process, op -> name of the implementation that comes before the default order."""
+    _selection.preferred = dict(preferences)

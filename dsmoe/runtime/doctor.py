@@ -22,7 +22,7 @@ _PACKAGES = (
     ("diffusers", "no Stable Diffusion codec"),
     ("mpi4py", "not needed: mpirun is understood without it"),
     ("apex", "not needed: fused optimizers come from torch and DeepSpeed"),
-    ("megatron-core", "not needed: used by comparison tests only"),
+    ("megatron-core", "not needed: its permutation can be preferred (dsmoe.ops in a ds_config), and tests compare"),
 )
 # Operation, implementation in use, all that serve the device.
 OpChoice = tuple[str, str, tuple[str, ...]]

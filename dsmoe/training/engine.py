@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsmoe import ops
 from dsmoe.base.plan import Plan
 from dsmoe.moe.block import MoE
 from dsmoe.moe.experts import global_place
@@ -217,13 +218,14 @@ def build_engine(
     config: dict,
     device: torch.device,
 ) -> Engine:
-    """The engine on `device`, with the plan's expert parallelism and activation checkpointing.
+    """The engine on `device`, with the plan's expert parallelism, activation checkpointing and preferred operations.
 
     make_model: from the class of the expert layers. Under ZeRO-3 parameters are partitioned as they are made, so no
     rank ever holds the whole model; under the other stages they are made on the CPU and moved.
     """
     import deepspeed
 
+    ops.prefer(plan.engine.ops, device.type)
     # Groups first: partitioning an expert asks for them, and without them zero.Init hangs (expert_parallelism.md 3b-3).
     deepspeed.init_distributed(dist_init_required=False)
     layer = expert_layer(plan.engine.expert_parallel_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dsmoe import ops
 from dsmoe.base.accounting import count_macs, count_parameters
 from dsmoe.base.command_line import Parser
 from dsmoe.base.errors import ConfigError, UserError, choose_from
@@ -89,6 +90,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
     device = Device.pick(place.local_rank)
     check_policy(policy, device_type=device.kind, num_experts=recipe.model.num_experts, world_size=place.world_size)
     _check_device(policy, device)
+    _check_ops(policy, device)
     batch = resolve_batch(policy, recipe.train.global_batch, place.world_size)
     implementation = choose_implementation(
         policy.block.optimizer, device_type=device.kind, offload=policy.offload_optimizer
@@ -119,6 +121,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
             activation_checkpointing=policy.block.activation_checkpointing,
             optimizer=f"AdamW ({implementation})",
             offload=policy.offload_optimizer,
+            ops=policy.block.ops,
         ),
         data=DataFacts(items=len(dataset), class_names=tuple(dataset.class_names)),
         model=model,
@@ -139,6 +142,14 @@ def _check_device(policy: EnginePolicy, device: Device) -> None:
         raise ConfigError(
             f"{policy.path}: {policy.precision} is not supported by {device.name}; use fp16, or fp32 (leave both out)."
         )
+
+
+def _check_ops(policy: EnginePolicy, device: Device) -> None:
+    """ConfigError naming the file when an operation or implementation that it prefers is not to be had."""
+    try:
+        ops.check_preferences(policy.block.ops, device.kind)
+    except ConfigError as error:
+        raise ConfigError(f"{policy.path}: 'dsmoe.ops': {error}") from error
 
 
 def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> ModelFacts:

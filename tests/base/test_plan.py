@@ -23,6 +23,12 @@ def test_hash_of_a_plan_does_not_depend_on_engine_policy():
     assert made_plan(made_recipe(train={"seed": 9})).science_hash != made_plan().science_hash
 
 
+def test_plans_from_before_operations_could_be_preferred_are_read():
+    tree = made_plan().to_dict()
+    del tree["engine"]["ops"]
+    assert Plan.from_dict(tree) == made_plan()
+
+
 def without(key):
     tree = made_plan().to_dict()
     del tree[key]

@@ -97,7 +97,9 @@ def test_offload_is_read_where_the_stage_has_it(load, stage):
 def test_only_deepspeeds_own_keys_are_passed_on(load):
     zero = {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": "auto"}
     policy = load({
-        "dsmoe": {"about": "x", "optimizer": "torch", "data_workers": 2, "timeout_minutes": 5},
+        "dsmoe": {
+            "about": "x", "optimizer": "torch", "data_workers": 2, "timeout_minutes": 5, "ops": {"route": "reference"},
+        },
         "zero_optimization": zero,
         "train_batch_size": "auto",
         "optimizer": "auto",
@@ -105,6 +107,7 @@ def test_only_deepspeeds_own_keys_are_passed_on(load):
     })  # fmt: skip
     assert policy.passed == {"zero_optimization": zero, "wall_clock_breakdown": True}
     assert (policy.block.optimizer, policy.block.data_workers, policy.block.timeout_minutes) == ("torch", 2, 5)
+    assert policy.block.ops == {"route": "reference"}
 
 
 def test_key_tables_agree_with_the_installed_deepspeed():
@@ -236,6 +239,8 @@ REFUSED = [
     ({"dsmoe": {"timeout_minutes": 0}}, ("'dsmoe.timeout_minutes' 0", "above 0")),
     ({"dsmoe": {"timeout_minutes": 1e300}}, ("'dsmoe.timeout_minutes' 1e+300", "at most")),
     ('{"dsmoe": {"timeout_minutes": NaN}}', ("'dsmoe.timeout_minutes' nan", "above 0")),
+    ({"dsmoe": {"ops": "megatron"}}, ("'dsmoe.ops' is \"megatron\"", "an object")),
+    ({"dsmoe": {"ops": {"route": 1}}}, ("'dsmoe.ops.route' is 1", "name of an implementation")),
     ({"dsmoe": {"optimizer": "adam"}}, ("dsmoe.optimizer 'adam'", ", ".join(OPTIMIZERS))),
     # Not JSON, or not an object.
     ("", ("not valid JSON", "line 1")),

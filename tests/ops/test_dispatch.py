@@ -5,7 +5,7 @@ import torch
 
 from dsmoe import ops
 from dsmoe.base.errors import ConfigError
-from dsmoe.ops.dispatch import Implementation, Op, use
+from dsmoe.ops.dispatch import Implementation, Op, set_preferred, use
 
 FAST = Implementation("fast", lambda x: x + 1, frozenset({"meta"}))
 PLAIN = Implementation("reference", lambda x: x.clone())
@@ -37,9 +37,56 @@ def test_an_implementation_that_does_not_serve_the_device_is_an_error(name):
         OP.choose("cpu")
 
 
+@pytest.fixture
+def preferred():
+    yield set_preferred
+    set_preferred({})
+
+
+def test_a_preference_comes_before_the_default_order_where_it_serves_and_after_use(preferred):
+    preferred({"double": "reference", "other": "fast"})
+    assert OP.choose("meta") is PLAIN
+    preferred({"double": "fast"})
+    assert OP.choose("meta") is FAST
+    assert OP.choose("cpu") is PLAIN, "fast does not serve the CPU, so the default order does"
+    with use("reference"):
+        assert OP.choose("meta") is PLAIN
+    preferred({})
+    assert OP.choose("meta") is FAST
+
+
+def test_what_is_not_installed_is_neither_listed_nor_chosen(preferred):
+    absent = Implementation("absent", lambda x: x, present=lambda: False)
+    op = Op("double", (absent, PLAIN))
+    preferred({"double": "absent"})
+    assert op.choose("cpu") is PLAIN
+    assert op.available("cpu") == ("reference",)
+    with pytest.raises(ConfigError, match=r"'absent'.*Choose from: reference"):
+        op.named("absent", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("preferences", "words"),
+    [
+        ({"gather_row": "reference"}, "unknown op 'gather_row'. Did you mean 'gather_rows'"),
+        ({"route": "megatron"}, "unknown implementation of ops.route on cpu 'megatron'. Choose from:"),
+        ({"route": "reference", "modulate": "fast"}, "ops.modulate on cpu 'fast'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_choices_and_nothing_changes(preferences, words, preferred):
+    before = ops.implementations("cpu")
+    with pytest.raises(ConfigError) as error:
+        ops.prefer(preferences, "cpu")
+    assert words in str(error.value)
+    assert "Choose from: " in str(error.value)
+    assert ops.implementations("cpu") == before
+
+
 def test_every_public_op_is_in_the_printable_table():
     table = ops.implementations("cpu")
-    assert {name for name, _, _ in table} == set(ops.__all__) - {"Routing", "implementations", "kernels", "use"}
+    assert {name for name, _, _ in table} == set(ops.__all__) - {
+        "Routing", "check_preferences", "implementations", "kernels", "prefer", "use",
+    }  # fmt: skip
     assert all(chosen in available for _, chosen, available in table)
 
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 from made_plan import RECIPE_FILE
 
+from dsmoe import ops
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.memory import Buckets, Layout, ModelShape, rank_memory
+from dsmoe.base.plan import Plan, describe
 from dsmoe.base.recipe import load_recipe
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.distributed import discover
+from dsmoe.training.engine import build_engine
 from dsmoe.training.prepare import parse_command, prepare
 
 
@@ -29,6 +32,28 @@ def test_a_precision_that_the_device_lacks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Device, "supports", lambda self, dtype: dtype != torch.bfloat16)
     with pytest.raises(ConfigError, match=r"bf16 is not supported by .*; use fp16"):
         prepare(command, discover({}))
+
+
+def test_preferred_operations_are_in_the_plan_and_reach_the_process_that_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE_FILE)
+    file = config(tmp_path, dsmoe={"ops": {"route": "reference"}})
+    plan = prepare(parse_command(["--deepspeed_config", file, "--recipe", "r.yaml"], ""), discover({})).plan
+    assert plan.engine.ops == {"route": "reference"}
+    assert Plan.from_dict(plan.to_dict()) == plan
+    (line,) = [line for line in describe(plan).splitlines() if line.startswith("preferred operations")]
+    assert line.endswith(" route: reference")
+
+    class Heard(Exception):
+        pass
+
+    def hear(preferences, device_type):
+        raise Heard(preferences, device_type)
+
+    monkeypatch.setattr(ops, "prefer", hear)
+    with pytest.raises(Heard) as heard:
+        build_engine(plan, None, None, {}, torch.device("cpu"))
+    assert heard.value.args == ({"route": "reference"}, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | N
 
 
 def _sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows per expert, their running sum, and the stable order of the slots, without a host synchronisation or atomics."""
+    """Rows per expert, their running sum, and the stable order of the slots: no host wait, no atomics."""
     experts, order = indices.flatten().to(torch.int16).sort(stable=True)  # 16-bit keys sort 4x faster
     every = torch.arange(num_experts, dtype=torch.int16, device=indices.device)
     ends = torch.searchsorted(experts, every, right=True)

@@ -24,6 +24,18 @@ def sum_rows(
 ) -> Tensor:
     """See dsmoe.ops.sum_rows."""
     total = _SumRows.apply(rows, order, position, gates)
+    return finish_sum(total, rows.dtype, add, residual, ada_gate, narrow)
+
+
+def finish_sum(
+    total: Tensor,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
+    narrow: bool = False,
+) -> Tensor:
+    """What sum_rows does with the sum [N, D] of rows of this dtype."""
     if add is not None:
         total = total + add
     if ada_gate is not None:
@@ -31,7 +43,7 @@ def sum_rows(
         total = (total.view(images, total.shape[0] // max(images, 1), dim) * ada_gate[:, None]).view(total.shape)
     if residual is not None:
         total = total + residual
-    return total.to(rows.dtype) if narrow else total
+    return total.to(dtype) if narrow else total
 
 
 class _GatherRows(torch.autograd.Function):
