@@ -38,7 +38,7 @@ class Library:
 
 
 def load(path: Path = PRODUCT, sources: Path = SOURCES) -> Library:
-    """Load the file, if it is there and of the sources beside it: kernels of other sources might mean something else."""
+    """Load the file, if it is there and of the sources beside it: other kernels may mean otherwise."""
     if not path.exists():
         return Library(path, f"not built ({COMMAND})")
     built = built_of(path)
