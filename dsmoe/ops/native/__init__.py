@@ -7,16 +7,16 @@ reference.
 import torch
 from torch import Tensor
 
-from dsmoe.ops.native import library
-from dsmoe.ops.native import moe_ffn as _moe_ffn
+from dsmoe.ops.native import ffn, library
 from dsmoe.ops.native.registration import register
-from dsmoe.ops.reference import activation, ffn, modulation, routing, rows
+from dsmoe.ops.reference import activation, modulation, routing, rows
+from dsmoe.ops.reference import ffn as composed
 from dsmoe.ops.reference.routing import Routing
 
 LIBRARY = library.load()
 if LIBRARY.loaded:
     register()
-    _moe_ffn.declare()
+    ffn.declare()
 # Device types that the kernels serve here.
 DEVICES = frozenset(["cpu", *(["cuda"] if LIBRARY.archs else [])] if LIBRARY.loaded else [])
 
@@ -92,8 +92,8 @@ def moe_ffn(
     """See dsmoe.ops.moe_ffn."""
     beside = [t for t in (w1, w2, w3, add) if t is not None]
     if not _covers(x, *beside) or routing.gates.dtype != torch.float32 or _too_wide(x) or _too_wide(w1.mT):
-        return ffn.moe_ffn(x, routing, w1, w2, w3, kind, add, recompute)
-    return _moe_ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, recompute)
+        return composed.moe_ffn(x, routing, w1, w2, w3, kind, add, recompute)
+    return ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, recompute)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -44,13 +44,13 @@ static void act_backward_of(const Act& a, int64_t begin, int64_t end) {
         vf x = load(h + i, part), d = load(dout + i, part), y, dx;
         if (bias) x += load(bias + i, part);
         if constexpr (Gelu) {
-          vf s = sigmoid((x + x * x * x * kGeluCubic) * kGeluScale);
+          vf rest, s = sigmoid((x + x * x * x * kGeluCubic) * kGeluScale, rest);
           y = x * s;
-          dx = s + y * (1.0f - s) * (kGeluScale + x * x * (3.0f * kGeluScale * kGeluCubic));
+          dx = s + y * rest * (kGeluScale + x * x * (3.0f * kGeluScale * kGeluCubic));
         } else {
-          vf s = sigmoid(x), silu = x * s, u = load(up + i, part);
+          vf rest, s = sigmoid(x, rest), silu = x * s, u = load(up + i, part);
           y = silu * u;
-          dx = u * s * (1.0f + x * (1.0f - s));
+          dx = u * s * (1.0f + x * rest);
           store(dup + i, d * gate * silu, part);
         }
         dot += d * y;

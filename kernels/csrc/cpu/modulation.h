@@ -10,12 +10,12 @@ static void modulate_of(const Modulate& a, int64_t begin, int64_t end) {
       const float *shift = a.shift + image * a.dim, *scale = a.scale + image * a.dim;
       vf sum{}, square{};
       sweep(a.dim, [&](int64_t i, auto part) { sum += load(x + i, part); });
-      float mean = total(sum) / a.dim;
+      const float mean = float(double(total(sum)) / a.dim);
       sweep(a.dim, [&](int64_t i, auto part) {
         vf d = valid(load(x + i, part) - mean, part);
         square += d * d;
       });
-      float rstd = 1.0f / std::sqrt(total(square) / a.dim + 1e-6f);
+      const float rstd = float(1.0 / std::sqrt(double(total(square)) / a.dim + 1e-6));
       sweep(a.dim, [&](int64_t i, auto part) {
         vf normed = (load(x + i, part) - mean) * rstd;
         store(out + i, normed * (1.0f + load(scale + i, part)) + load(shift + i, part), part);

@@ -136,3 +136,10 @@ static inline vf exponential(vf x) {
 }
 
 static inline vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// sigmoid(x) and 1 - sigmoid(x), each to the last place: gradients multiply the difference by large numbers.
+static inline vf sigmoid(vf x, vf& other) {
+  vf e = exponential(x > 0.0f ? -x : x), large = 1.0f / (1.0f + e), small = e * large;
+  other = x > 0.0f ? small : large;
+  return x > 0.0f ? large : small;
+}
