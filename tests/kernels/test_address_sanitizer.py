@@ -1,0 +1,57 @@
+"""The emulated kernels under the address sanitizer: reads past an input, which guard bands cannot see."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import emulation
+import planted
+import pytest
+
+HERE = Path(__file__).resolve().parent
+# One case of each kernel and number format is enough here; the values are judged by the plain build.
+CASES = (
+    "test_forward and (64-72-64 or 193-320 or 150-30-8 or 66-35 or 1-8-1 or 100-96-20)"
+    " or test_backward and (64-72-64 or 150-30-8) and given3"
+    " or test_gather and (34-301 or 33-128 or 96-256)"
+    " or test_sum and (34-301 or 33-128) and (used2 or used3)"
+    " or test_sum_backward and (34-301 or 33-128) and (wanted1 or wanted4)"
+    " or test_forward_and_backward and (counts3 or counts5 or counts6) and (used1 or used4)"
+    " or test_forward_and_backward and (2-7-72 or 2-18-301)"
+    " or unaligned or no_tokens"
+)
+READ_PAST_THE_WEIGHTS = planted.Mistake(
+    "a weight row too many", "route", "route_product.cuh", "if (e < shape.experts)\n", "if (true)\n", "route_few"
+)
+planted.CHECKS["route_few"] = ("test_route", "test_forward", (70, 40, 5, 2, "F32", False, False))
+
+
+def environment() -> dict[str, str]:
+    """With the sanitizer's library loaded first; skips, by name, where there is none."""
+    if emulation.compiler() is None:
+        pytest.skip("no g++: the CUDA kernels cannot be emulated")
+    found = subprocess.run([emulation.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip("no libasan: the CUDA kernels cannot be run under the address sanitizer")
+    options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"
+    return os.environ | {"LD_PRELOAD": str(Path(found).resolve()), "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"}
+
+
+def test_no_access_outside_the_tensors():
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-k", CASES]
+    words += [str(HERE / f"test_{name}.py") for name in ("route", "rows", "activation", "modulate")]
+    done = subprocess.run(words, env=environment(), cwd=HERE.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    assert "AddressSanitizer" not in done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40, done.stdout[-500:]
+
+
+def test_a_read_past_the_weights_is_found():
+    env = environment() | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent), str(HERE.parents[1])))}
+    library = planted.built("route", READ_PAST_THE_WEIGHTS, sanitize=True)
+    code = f"import json, planted, test_address_sanitizer; print(json.dumps(planted.how_it_fails({str(library)!r}, 'route_few')))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "heap-buffer-overflow" in (json.loads(done.stdout) or ""), done.stdout
