@@ -1,8 +1,8 @@
 """Bytes that autograd keeps of a forward pass, and what a backward pass needs beside them, by arithmetic (no torch).
 
-Counted from what the modules of `models` and `moe` and the reference operations save: a test holds every formula
-against torch's own saved tensors. Letters: R = images x tokens, D dim, F hidden units, k experts a token. Weights are
-not counted here, nor is anything of a few bytes an image.
+Counted from what the modules of `models` and `moe` and the operations save, the reference ones or, with `compiled`, the
+compiled ones (which keep less): a test holds every formula against torch's own saved tensors. Letters: R = images x
+tokens, D dim, F hidden units, k experts a token. Weights are not counted here, nor is anything of a few bytes an image.
 """
 
 from dsmoe.base.accounting import TIMESTEP_DIM
@@ -11,7 +11,7 @@ from dsmoe.base.presets import ModelSpec
 FLOAT, INDEX = 4, 8
 
 
-def saved_by_block(spec: ModelSpec, *, images: int, tokens: int, itemsize: int) -> int:
+def saved_by_block(spec: ModelSpec, *, images: int, tokens: int, itemsize: int, compiled: bool = False) -> int:
     """Bytes one block keeps from its forward to its backward pass; itemsize: bytes of a stored element (fp32 4)."""
     rows, dim = images * tokens, spec.dim
     stream = itemsize * rows * dim
@@ -21,8 +21,12 @@ def saved_by_block(spec: ModelSpec, *, images: int, tokens: int, itemsize: int) 
     attention = 6 * stream + FLOAT * rows * spec.heads
     if spec.qk_norm:  # both norms' outputs and statistics; then attention's output also comes in another layout
         attention += 3 * stream + 2 * 2 * itemsize * rows * spec.heads
-    feed_forward = _saved_by_moe(spec, images, rows, itemsize) if spec.is_moe else _saved_by_mlp(spec, rows, itemsize)
-    return modulation + attention + feed_forward + 2 * _saved_by_modulate(rows, dim, images)
+    if not spec.is_moe:
+        feed_forward = _saved_by_mlp(spec, rows, itemsize)
+    else:
+        feed_forward = (_saved_by_compiled_moe if compiled else _saved_by_moe)(spec, images, rows, itemsize)
+    modulate = stream + 2 * FLOAT * rows if compiled else _saved_by_modulate(rows, dim, images)
+    return modulation + attention + feed_forward + 2 * modulate
 
 
 def saved_outside_blocks(
@@ -93,6 +97,17 @@ def _saved_by_moe(spec: ModelSpec, images: int, rows: int, itemsize: int) -> int
     # branch.
     tokens = itemsize * rows * dim if itemsize == FLOAT or spec.shared_hidden else 0
     return router + routed + shared + tokens + itemsize * rows * dim
+
+
+def _saved_by_compiled_moe(spec: ModelSpec, images: int, rows: int, itemsize: int) -> int:
+    """Of the routed experts only the tokens and the first products: neither rows nor activations nor results."""
+    k, experts = spec.top_k, spec.num_experts
+    router = FLOAT * rows * (experts + 1 + k) + FLOAT * images * experts
+    places = 3 * INDEX * rows * k + (INDEX + FLOAT) * experts
+    routed = itemsize * rows * k * spec.mlp_hidden * (2 if spec.expert_kind == "swiglu" else 1)
+    shared = itemsize * rows * 3 * spec.shared_hidden
+    # The tokens and the gated branch.
+    return router + places + routed + shared + 2 * itemsize * rows * spec.dim
 
 
 def _upcast(elements: int, itemsize: int) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsmoe import ops
 from dsmoe.base.presets import ModelSpec
-from dsmoe.moe import balance, dispatch
+from dsmoe.moe import balance
 from dsmoe.moe.experts import Experts
 from dsmoe.moe.router import Gate
 from dsmoe.moe.shared import SharedExpert
@@ -45,18 +45,16 @@ class MoE(nn.Module):
         """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together."""
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens, self.selection_bias)
-        y, shared = self.mixture(tokens, routing)
-        if shared is not None:
-            y = y + shared
+        y = self.mixture(tokens, routing)
         return y.to(x.dtype).view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
 
     def new_experts(self, spec: ModelSpec) -> Experts:
         """The routed experts that live here; where expert parallelism enters, with `mixture`."""
         return Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
 
-    def mixture(self, tokens: Tensor, routing: ops.Routing) -> tuple[Tensor, Tensor | None]:
-        """tokens [N, D] -> what the routed experts make of them [N, D] in float32, and the shared one, if any."""
-        return dispatch.local(tokens, routing, self.experts), self.shared(tokens)
+    def mixture(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
+        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, [N, D]."""
+        return self.experts(tokens, routing.counts, routing=routing, add=self.shared(tokens))
 
     def shared(self, tokens: Tensor) -> Tensor | None:
         """The shared expert's part [N, D]."""
@@ -83,7 +81,7 @@ class MoE(nn.Module):
             loss = balance.step_balance(probs, self.previous_load)
         else:
             loss = probs.new_zeros(())
-        importance = routing.probs.detach().sum(0) / max(batch * tokens, 1)
+        importance = routing.prob_sum.detach() / max(batch * tokens, 1)
         return MoEStats(
             balance_loss=loss,
             z_loss=balance.z_loss(routing.logsumexp),

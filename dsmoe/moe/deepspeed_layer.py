@@ -60,11 +60,12 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         """This rank's experts."""
         return _LocalExperts(spec, self._groups)
 
-    def mixture(self, tokens: Tensor, routing: ops.Routing) -> tuple[Tensor, Tensor | None]:
+    def mixture(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
         """As in MoE; the shared expert runs while tokens are under way."""
-        return dispatch.across(
+        y, shared = dispatch.across(
             tokens, routing, self.experts, self._groups.parallel, meanwhile=lambda: self.shared(tokens)
         )
+        return y if shared is None else y + shared
 
 
 class _LocalExperts(Experts):

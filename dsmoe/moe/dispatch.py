@@ -1,4 +1,4 @@
-"""Tokens to experts and back: on one rank, and across the ranks of an expert-parallel group."""
+"""Tokens to experts and back across the ranks of an expert-parallel group (on one rank: ops.moe_ffn)."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,19 +15,11 @@ Experts = Callable[[Tensor, Tensor], Tensor]
 _R = TypeVar("_R")
 
 
-def local(x: Tensor, routing: ops.Routing, experts: Experts) -> Tensor:
-    """sum_j gate_nj * E_{index_nj}(x_n) for tokens x [N, D] -> [N, D] in float32 (float64 for float64).
-
-    No capacity: every chosen expert sees the token. `experts(rows, counts)` is called once.
-    """
-    rows = ops.gather_rows(x, routing.order, routing.position)
-    return ops.sum_rows(experts(rows, routing.counts), routing.order, routing.position, routing.gates)
-
-
 def across(
     x: Tensor, routing: ops.Routing, experts: Experts, group: ProcessGroup, meanwhile: Callable[[], _R]
 ) -> tuple[Tensor, _R]:
-    """The same where rank r of `group` holds experts r*E/n .. (r+1)*E/n - 1; also the result of `meanwhile()`.
+    """sum_j gate_nj * E_{index_nj}(x_n) for tokens x [N, D] -> [N, D] in float32 (float64 for float64), where rank r of
+    `group` holds experts r*E/n .. (r+1)*E/n - 1; also the result of `meanwhile()`.
 
     experts: this rank's, called once with the rows of all ranks, sorted by expert, and counts int64 [E/n]; ranks may
     have different numbers of tokens, and an expert none. Rows travel by variable-size all-to-all: nothing is padded

@@ -59,12 +59,14 @@ class Experts(nn.Module):
         if self.kind == "gelu":
             nn.init.zeros_(self.w3)
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [R, D], the first counts[0] for expert 0 and so on -> [R, D]. counts int64 [E]."""
-        h = ops.grouped_mm(rows, self.w1, counts, transposed=True)
-        if self.kind == "swiglu":
-            up = ops.grouped_mm(rows, self.w3, counts, transposed=True)
-            return ops.grouped_mm(ops.expert_act(h, "swiglu", up), self.w2, counts, transposed=True)
-        b1, b2 = self.w3[:, 0].split((self.w1.shape[1], self.w1.shape[2]), dim=-1)
-        a = ops.expert_act(ops.add_expert_bias(h, b1, counts), "gelu")
-        return ops.add_expert_bias(ops.grouped_mm(a, self.w2, counts, transposed=True), b2, counts)
+    def forward(
+        self, x: Tensor, counts: Tensor, *, routing: ops.Routing | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Rows x [R, D], the first counts[0] for expert 0 and so on -> [R, D], without gates. counts int64 [E].
+
+        With `routing`, x [N, D] are tokens instead, and come back as sum_j gate_nj E_{index_nj}(x_n) + add_n, [N, D].
+        """
+        weights = (self.w1, self.w2, self.w3)
+        if routing is None:
+            return ops.expert_rows(x, counts, *weights, self.kind)
+        return ops.moe_ffn(x, routing, *weights, self.kind, add=add)

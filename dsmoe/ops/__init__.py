@@ -7,14 +7,14 @@ Each op runs the best implementation for the device of its first argument (`impl
 one that `prefer()` names; `dsmoe.ops.random` is apart, because random integers must be the same everywhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from dsmoe.base.errors import ConfigError, choose_from
-from dsmoe.ops import megatron
+from dsmoe.ops import megatron, native
 from dsmoe.ops.dispatch import Implementation, Op, set_preferred, use
-from dsmoe.ops.reference import activation, grouped, modulation, routing, rows
+from dsmoe.ops.reference import activation, ffn, grouped, modulation, routing, rows
 from dsmoe.ops.reference.routing import Routing
 
 __all__ = [
@@ -22,35 +22,59 @@ __all__ = [
     "add_expert_bias",
     "check_preferences",
     "expert_act",
+    "expert_rows",
     "gather_rows",
     "grouped_mm",
     "implementations",
+    "kernels",
     "modulate",
+    "moe_ffn",
     "prefer",
     "route",
     "sum_rows",
     "use",
 ]
 
-# After the reference: on no machine the default. What serves where nothing is preferred stands first.
+_REFERENCE = (
+    routing.route,
+    rows.gather_rows,
+    rows.sum_rows,
+    grouped.grouped_mm,
+    activation.expert_act,
+    activation.add_expert_bias,
+    modulation.modulate,
+    ffn.moe_ffn,
+    ffn.expert_rows,
+)
+# Before the reference, so the default where they serve: measured on a CPU, table in kernels/README.md.
+_NATIVE = {
+    function.__name__: (Implementation("native", function, native.DEVICES),)
+    for function in (
+        native.route,
+        native.gather_rows,
+        native.sum_rows,
+        native.expert_act,
+        native.modulate,
+        native.moe_ffn,
+    )
+}
+# After the reference: on no machine the default.
 _OTHERS = {
     function.__name__: (Implementation("megatron", function, megatron.DEVICES, megatron.installed, megatron.load),)
     for function in (megatron.gather_rows, megatron.sum_rows)
 }
-_OPS = {
-    function.__name__: Op(
-        function.__name__, (Implementation("reference", function), *_OTHERS.get(function.__name__, ()))
-    )
-    for function in (
-        routing.route,
-        rows.gather_rows,
-        rows.sum_rows,
-        grouped.grouped_mm,
-        activation.expert_act,
-        activation.add_expert_bias,
-        modulation.modulate,
-    )
-}
+
+
+def _op(name: str, reference: Callable) -> Op:
+    return Op(name, (*_NATIVE.get(name, ()), Implementation("reference", reference), *_OTHERS.get(name, ())))
+
+
+_OPS = {function.__name__: _op(function.__name__, function) for function in _REFERENCE}
+
+
+def kernels() -> str:
+    """State of the compiled operations in one line: of which sources, for which devices, or why there are none."""
+    return native.LIBRARY.describe()
 
 
 def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -72,7 +96,9 @@ def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:
 def prefer(preferences: Mapping[str, str], device_type: str) -> None:
     """From now on in this process these implementations come before the default order, on devices that they serve.
 
-    Replaces what was preferred before; {} is the default order. Errors: see check_preferences.
+    Replaces what was preferred before; {} is the default order. Errors: see check_preferences. The native moe_ffn has
+    its pieces inside, so preferences for gather_rows and the like reach the experts on one rank only with
+    {"moe_ffn": "reference"}.
     """
     check_preferences(preferences, device_type)
     set_preferred(preferences)
@@ -99,12 +125,24 @@ def gather_rows(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
     return _OPS["gather_rows"](x, order, position)
 
 
-def sum_rows(rows: Tensor, order: Tensor, position: Tensor, gates: Tensor | None = None) -> Tensor:
+def sum_rows(
+    rows: Tensor,
+    order: Tensor,
+    position: Tensor,
+    gates: Tensor | None = None,
+    *,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
+    narrow: bool = False,
+) -> Tensor:
     """Rows[R,D] back to tokens [N,D]: token n is sum_j gates[n,j] * rows[position[n,j]], or the plain sum.
 
-    Computed and returned in float32 (float64 for float64). The gradient is gather_rows.
+    add [N,D] is added to the sum (the shared expert's output); ada_gate [B,D] then multiplies it, token n belonging to
+    image n // (N / B), and residual [N,D] is added last: the end of a DiT block in one pass. Computed and returned in
+    float32 (float64 for float64); with `narrow` rounded once to the dtype of the rows. The gradient is gather_rows.
     """
-    return _OPS["sum_rows"](rows, order, position, gates)
+    return _OPS["sum_rows"](rows, order, position, gates, add, residual, ada_gate, narrow)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
@@ -118,9 +156,21 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = 
     return _OPS["grouped_mm"](x, weight, counts, transposed=transposed)
 
 
-def expert_act(h: Tensor, kind: str, up: Tensor | None = None) -> Tensor:
-    """Activation of expert rows h[R,F]: "swiglu" gives silu(h) * up[R,F], "gelu" the tanh form of GELU."""
-    return _OPS["expert_act"](h, kind, up)
+def expert_act(
+    h: Tensor,
+    kind: str,
+    up: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    counts: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Activation of expert rows h[R,F]: "swiglu" gives silu(h) * up[R,F], "gelu" the tanh form of GELU of h + bias.
+
+    bias [E,F], for "gelu" alone: row r gets that of its expert, by counts[E]. gate [R], float32: a factor for each
+    row, so that the products behind need none (its gradient is the scalar product of the incoming one with act(r)).
+    """
+    return _OPS["expert_act"](h, kind, up, bias, counts, gate)
 
 
 def add_expert_bias(rows: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
@@ -129,6 +179,34 @@ def add_expert_bias(rows: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
     The bias gradient is a matrix product: deterministic, accumulated in float32.
     """
     return _OPS["add_expert_bias"](rows, bias, counts)
+
+
+def moe_ffn(
+    x: Tensor,
+    routing: Routing,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    kind: str,
+    *,
+    add: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """The routed experts as one operation: sum_j gates[n,j] * E_{indices[n,j]}(x[n]) + add[n], [N,D] in the dtype of x.
+
+    w1, w2, w3: the stacks of moe.experts.Experts, of `kind` "swiglu" or "gelu". The sum is in float32, rounded once.
+    recompute: keep x alone for the backward pass and compute the first products again there, instead of keeping theirs
+    (R x F elements, twice that for "swiglu"). The reference keeps everything.
+    """
+    return _OPS["moe_ffn"](x, routing, w1, w2, w3, kind, add, recompute)
+
+
+def expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str) -> Tensor:
+    """rows[R,D], the first counts[0] for expert 0 and so on, through their experts: [R,D], without gates or sum.
+
+    Weights as for moe_ffn. What expert parallelism calls between its two exchanges.
+    """
+    return _OPS["expert_rows"](rows, counts, w1, w2, w3, kind)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dsmoe.base.errors import ConfigError
 from dsmoe.ops.precision import maths_dtype
+from dsmoe.ops.reference.rows import finish_sum
 
 DEVICES = frozenset({"cpu", "cuda"})
 
@@ -51,13 +52,14 @@ def gather_rows(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
     return _Permute.apply(x, order // position.shape[1])
 
 
-def sum_rows(rows: Tensor, order: Tensor, position: Tensor, gates: Tensor | None = None) -> Tensor:
+def sum_rows(rows: Tensor, order: Tensor, position: Tensor, gates: Tensor | None = None, *rest: object) -> Tensor:
     """See dsmoe.ops.sum_rows. On a GPU with k > 2 the order of the sum is fixed only under
     torch.use_deterministic_algorithms."""
     wide = rows.to(maths_dtype(rows))
     if gates is not None:
         wide = wide * gates.flatten()[order][:, None]
-    return load().unpermute(wide, order // position.shape[1], torch.Size((position.shape[0], rows.shape[1])))
+    total = load().unpermute(wide, order // position.shape[1], torch.Size((position.shape[0], rows.shape[1])))
+    return finish_sum(total, rows.dtype, *rest)
 
 
 class _Permute(torch.autograd.Function):

@@ -6,6 +6,7 @@ routing depends on do not exist there, so rows are split evenly over the experts
 the same however tokens choose. Not here: seconds and bytes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -35,7 +36,8 @@ LARGE = (("XL/2", 512), ("XL-8E2A", 512))  # the sizes above 256 px that papers 
 
 
 def grouped_flop(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
-    """Operations of torch._grouped_mm: rows [R, K] by matrices [E, K, M], or columns [K, R] by rows [R, M].
+    """Operations of torch._grouped_mm: rows [R, K] by matrices [E, K, M], or columns [K, R] by rows [R, M]; and of
+    dsmoe::grouped_outer, rows [R, K] by rows [R, M].
 
     Each element of the first operand meets one row of M elements, whatever the sizes of the groups.
     """
@@ -54,12 +56,45 @@ def attention_backward_flop(
     return 2 * prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
+def our_grouped_flop(x: torch.Size, w: torch.Size, _: torch.Size, transposed: bool, **__: object) -> int:
+    """Operations of dsmoe::grouped_mm: rows [R, K] by matrices [E, K, M], or [E, M, K] when transposed."""
+    return 2 * prod(x) * w[1 if transposed else 2]
+
+
+def route_flop(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Operations of dsmoe::route: tokens [N, D] by the gate [E, D]."""
+    return 2 * prod(x) * weight[0]
+
+
+def _of_one_expert(matrices: Iterable[torch.Size]) -> int:
+    """Elements of one expert's matrices [E, out, in]; a stack of biases [E, 1, F + D] multiplies nothing."""
+    return sum(prod(matrix[1:]) for matrix in matrices if matrix[1] != 1)
+
+
+def moe_ffn_flop(x: torch.Size, gates: torch.Size, *rest: object, **_: object) -> int:
+    """Operations of the products in dsmoe::moe_ffn: each row [D] of gates [N, k] by its expert's w1, w2, w3."""
+    return 2 * prod(gates) * _of_one_expert(rest[5:8])
+
+
+def moe_ffn_backward_flop(dy: torch.Size, x: torch.Size, gates: torch.Size, *rest: object, **_: object) -> int:
+    """Operations of its backward: gradients of rows and, if wanted, of weights; h and up again if not kept."""
+    w1, w2, w3, h, *_, weights = rest[5:]
+    again = _of_one_expert((w1, w3)) if h is None else 0
+    return 2 * prod(gates) * (_of_one_expert((w1, w2, w3)) * (2 if weights else 1) + again)
+
+
 # What torch 2.11 to 2.13 counts as nothing: grouped products (experts on a GPU) and attention on a CPU. An operation
 # of ours that is registered with torch gets its line here; a mapping given to one counter, so nothing is global.
 FORMULAS = {
     torch.ops.aten._grouped_mm: grouped_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop,
+    torch.ops.dsmoe.grouped_mm: our_grouped_flop,
+    torch.ops.dsmoe.grouped_outer: grouped_flop,
+}
+_COMPILED = {"route": route_flop, "moe_ffn": moe_ffn_flop, "moe_ffn_backward": moe_ffn_backward_flop}
+FORMULAS |= {
+    getattr(torch.ops.dsmoe, name): formula for name, formula in _COMPILED.items() if hasattr(torch.ops.dsmoe, name)
 }
 
 # Where a product belongs, by the first of these that its module's name contains.

@@ -14,6 +14,7 @@ from dsmoe.base.errors import ConfigError
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import MoE
 from dsmoe.ops import megatron
+from dsmoe.ops.reference import rows as reference
 
 pytest.importorskip(
     "megatron.core.transformer.moe.moe_utils", reason="megatron-core is not installed (extra `megatron`)"
@@ -64,7 +65,7 @@ def test_rows_are_ours_and_their_gradient_is_added_in_float32(shape, dtype):
     assert torch.equal(megatron.gather_rows(x, r.order, r.position), ops.gather_rows(x, r.order, r.position))
     assert_right(
         lambda x: megatron.gather_rows(x, r.order, r.position),
-        lambda x: ops.gather_rows(x, r.order, r.position),
+        lambda x: reference.gather_rows(x, r.order, r.position),
         drows,
         x,
     )
@@ -79,7 +80,7 @@ def test_sums_and_their_gradients(shape, dtype):
     for gates in ((), (r.gates,)):
         assert_right(
             lambda rows, *gates: megatron.sum_rows(rows, r.order, r.position, *gates),
-            lambda rows, *gates: ops.sum_rows(rows, r.order, r.position, *gates),
+            lambda rows, *gates: reference.sum_rows(rows, r.order, r.position, *gates),
             dsum,
             rows,
             *gates,
@@ -97,6 +98,8 @@ def test_any_permutation_of_rows_is_gathered():
 def test_a_layer_with_the_preference_runs_it_and_gives_the_same(monkeypatch):
     torch.manual_seed(0)
     moe, x = MoE(ModelSpec(depth=1, dim=16, heads=1, num_experts=4, shared_ratio=1.0)), torch.randn(3, 5, 16)
+    in_pieces = {"moe_ffn": "reference"}  # the native one has its own inside
+    ops.prefer(dict.fromkeys(BOTH, "reference") | in_pieces, "cpu")
     plain = moe(x)[0]
     calls = []
     for name in BOTH:
@@ -104,8 +107,8 @@ def test_a_layer_with_the_preference_runs_it_and_gives_the_same(monkeypatch):
         monkeypatch.setattr(
             megatron.load(), theirs.__name__, lambda *a, f=theirs, **k: calls.append(f.__name__) or f(*a, **k)
         )
-    ops.prefer(BOTH, "cpu")
-    assert {name: chosen for name, chosen, _ in ops.implementations("cpu") if chosen != "reference"} == BOTH
+    ops.prefer(BOTH | in_pieces, "cpu")
+    assert {name: chosen for name, chosen, _ in ops.implementations("cpu") if name in BOTH} == BOTH
     # Two choices a token: a sum of two terms is the same in either order.
     assert torch.equal(moe(x)[0], plain)
     assert calls == ["permute", "unpermute"]

@@ -77,7 +77,8 @@ def test_renormalised_gates_sum_to_one_and_plain_ones_do_not():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_inputs_are_routed_in_float32(dtype):
     x, w = draw(40, 16, 8, dtype)
-    narrow, wide = ops.route(x, w, 2, False), ops.route(x.float(), w.float(), 2, False)
+    with ops.use("reference"):  # the compiled one leaves float16 on a CPU to the reference
+        narrow, wide = ops.route(x, w, 2, False), ops.route(x.float(), w.float(), 2, False)
     assert narrow.probs.dtype == narrow.gates.dtype == narrow.logsumexp.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 

@@ -1,4 +1,8 @@
-"""Grouped matrix product: consecutive runs of rows, each times the matrix of its own expert."""
+"""Grouped matrix product: consecutive runs of rows, each times the matrix of its own expert.
+
+A torch operation of our own (dsmoe::grouped_mm) around library products: torch.compile sees one call whose result
+shape is known, in any dtype and on any device, and every row that comes out was computed.
+"""
 
 import torch
 from torch import Tensor
@@ -7,59 +11,79 @@ from torch import Tensor
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
     """See dsmoe.ops.grouped_mm."""
     assert x.dtype == weight.dtype, f"rows are {x.dtype}, weights {weight.dtype}"
-    return _GroupedMM.apply(x, weight, counts, transposed)
+    return torch.ops.dsmoe.grouped_mm(x, weight, counts, transposed)
 
 
-class _GroupedMM(torch.autograd.Function):
-    """Saves the weight itself: under ZeRO-3 a saved view would keep the gathered matrix alive."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, counts)
-        ctx.transposed = transposed
-        return _rows_times_matrices(x, weight.mT if transposed else weight, counts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, counts = ctx.saved_tensors
-        grad = grad.contiguous()  # a sum hands down an expanded gradient, which the library refuses
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = _rows_times_matrices(grad, weight if ctx.transposed else weight.mT, counts)
-        if ctx.needs_input_grad[1]:
-            left, right = (grad, x) if ctx.transposed else (x, grad)
-            dweight = _outer_products(left, right, counts)
-        return dx, dweight, None, None
+torch.library.define("dsmoe::grouped_mm", "(Tensor x, Tensor weight, Tensor counts, bool transposed) -> Tensor")
+torch.library.define("dsmoe::grouped_outer", "(Tensor left, Tensor right, Tensor counts) -> Tensor")
 
 
-def _rows_times_matrices(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+@torch.library.impl("dsmoe::grouped_mm", "CompositeExplicitAutograd")
+def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+    return rows_times_matrices(x, weight.mT if transposed else weight, counts)
+
+
+@torch.library.impl("dsmoe::grouped_outer", "CompositeExplicitAutograd")
+def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    return outer_products(left, right, counts)
+
+
+@torch.library.register_fake("dsmoe::grouped_mm")
+def _(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
+
+
+@torch.library.register_fake("dsmoe::grouped_outer")
+def _(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    return left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+
+
+def _save(ctx, inputs, output) -> None:
+    """Keeps the weight itself: under ZeRO-3 a saved view would keep the gathered matrix alive."""
+    x, weight, counts, ctx.transposed = inputs
+    ctx.save_for_backward(x, weight, counts)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, weight, counts = ctx.saved_tensors
+    grad = grad.contiguous()  # a sum hands down an expanded gradient, which the library refuses
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.dsmoe.grouped_mm(grad, weight, counts, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        left, right = (grad, x) if ctx.transposed else (x, grad)
+        dweight = torch.ops.dsmoe.grouped_outer(left, right, counts)
+    return dx, dweight, None, None
+
+
+def _refuse(ctx, grad: Tensor) -> None:
+    raise RuntimeError("dsmoe::grouped_outer has no gradient: dsmoe's operations can be differentiated once.")
+
+
+torch.library.register_autograd("dsmoe::grouped_mm", _backward, setup_context=_save)
+torch.library.register_autograd("dsmoe::grouped_outer", _refuse)
+
+
+def rows_times_matrices(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """x[R,K], weight[E,K,M] -> [R,M]."""
     if _library_takes(x, weight):
         return torch._grouped_mm(x, weight, offs=_ends(counts))
     out = x.new_empty(x.shape[0], weight.shape[2])
-    sizes = _sizes(counts, x.shape[0])
+    sizes = counts.tolist()
     for rows, matrix, into in zip(x.split(sizes), weight.unbind(), out.split(sizes), strict=True):
         torch.mm(rows, matrix, out=into)
     return out
 
 
-def _outer_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+def outer_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """left[R,K], right[R,M] -> [E,K,M]: sums of outer products over an expert's rows, zeros without rows."""
     if _library_takes(left, right):
         return torch._grouped_mm(left.mT, right, offs=_ends(counts))
     out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
-    sizes = _sizes(counts, left.shape[0])
+    sizes = counts.tolist()
     for a, b, into in zip(left.split(sizes), right.split(sizes), out.unbind(), strict=True):
         torch.mm(a.mT, b, out=into)
     return out
-
-
-def _sizes(counts: Tensor, rows: int) -> list[int]:
-    """Rows of each expert; on the meta device, which holds no numbers, as even a split as there is."""
-    if counts.is_meta:
-        experts = counts.shape[0]
-        return [rows * (e + 1) // experts - rows * e // experts for e in range(experts)]
-    return counts.tolist()
 
 
 def _ends(counts: Tensor) -> Tensor:

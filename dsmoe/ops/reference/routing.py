@@ -18,6 +18,8 @@ class Routing(NamedTuple):
     order      [N*k]   int64, slot of each row: rows of expert 0 first, within an expert in slot order
     position   [N, k]  int64, row of each slot (the inverse of order)
     logsumexp  [N]     log of the softmax denominator, for the z-loss
+    ends       [E]     int32, running sum of counts: the row behind each expert's last
+    prob_sum   [E]     probs summed over the tokens
     """
 
     probs: Tensor
@@ -27,6 +29,8 @@ class Routing(NamedTuple):
     order: Tensor
     position: Tensor
     logsumexp: Tensor
+    ends: Tensor
+    prob_sum: Tensor
 
 
 def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
@@ -40,14 +44,15 @@ def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | N
     gates = probs.gather(1, indices)
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True)
-    counts, order = _sort_slots(indices, weight.shape[0])
+    counts, ends, order = _sort_slots(indices, weight.shape[0])
     position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return Routing(probs, gates, indices, counts, order, position.view(indices.shape), logits.logsumexp(-1))
+    position = position.view(indices.shape)
+    return Routing(probs, gates, indices, counts, order, position, logits.logsumexp(-1), ends, probs.sum(0))
 
 
-def _sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Rows per expert and the stable order of the slots, without a host synchronisation or atomics."""
+def _sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows per expert, their running sum, and the stable order of the slots: no host wait, no atomics."""
     experts, order = indices.flatten().to(torch.int16).sort(stable=True)  # 16-bit keys sort 4x faster
     every = torch.arange(num_experts, dtype=torch.int16, device=indices.device)
     ends = torch.searchsorted(experts, every, right=True)
-    return ends.diff(prepend=ends.new_zeros(1)), order
+    return ends.diff(prepend=ends.new_zeros(1)), ends.to(torch.int32), order

@@ -12,9 +12,38 @@ def gather_rows(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
     return _GatherRows.apply(x, order, position)
 
 
-def sum_rows(rows: Tensor, order: Tensor, position: Tensor, gates: Tensor | None = None) -> Tensor:
+def sum_rows(
+    rows: Tensor,
+    order: Tensor,
+    position: Tensor,
+    gates: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
+    narrow: bool = False,
+) -> Tensor:
     """See dsmoe.ops.sum_rows."""
-    return _SumRows.apply(rows, order, position, gates)
+    total = _SumRows.apply(rows, order, position, gates)
+    return finish_sum(total, rows.dtype, add, residual, ada_gate, narrow)
+
+
+def finish_sum(
+    total: Tensor,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
+    narrow: bool = False,
+) -> Tensor:
+    """What sum_rows does with the sum [N, D] of rows of this dtype."""
+    if add is not None:
+        total = total + add
+    if ada_gate is not None:
+        images, dim = ada_gate.shape
+        total = (total.view(images, total.shape[0] // max(images, 1), dim) * ada_gate[:, None]).view(total.shape)
+    if residual is not None:
+        total = total + residual
+    return total.to(dtype) if narrow else total
 
 
 class _GatherRows(torch.autograd.Function):
