@@ -74,7 +74,8 @@ def test_a_paper_recipe_resolves_to_the_papers_numbers(name, given, tmp_path, mo
     assert recipe.train.images == iterations * 256
     assert (recipe.data.resolution, plan.model.input_size) == (resolution, resolution // 8)
     assert (spec.num_experts, spec.shared_ratio) == ((EXPERTS[name], 2.0) if name in EXPERTS else (0, 0.0))
-    assert not plan.warnings
+    (only,) = plan.warnings  # ImageNet through its codec many times
+    assert "codec.cache=disk" in only
 
 
 @pytest.mark.parametrize("name", PAPER)
