@@ -28,6 +28,8 @@ def check_policy(policy: EnginePolicy, *, device_type: str, num_experts: int, wo
             f"{path}: fp16 with ZeRO stage 0 hides its fp32 weights, which the moving average and checkpoints need; "
             "use stage 1 (same memory on one rank)."
         )
+    if device_type == "cpu" and policy.passed.get("zero_optimization", {}).get("zero_quantized_weights"):
+        raise ConfigError(f"{path}: 'zero_optimization.zero_quantized_weights' needs a GPU's kernels; drop it.")
     if block.expert_parallel_size > 1:
         _check_expert_parallel(policy, num_experts, world_size)
     if block.optimizer == "cpu_adam" and not policy.offload_optimizer and device_type != "cpu":
@@ -68,6 +70,11 @@ _NOT_WITH_EXPERT_PARALLEL: tuple[tuple[str, Callable[[object], bool], str], ...]
         "zero_hpz_partition_size",
         lambda value: isinstance(value, int) and value > 1,
         "DeepSpeed has no second partition for experts; drop it",
+    ),
+    (
+        "contiguous_gradients",
+        lambda value: value is False,
+        "DeepSpeed then averages the gradients of different experts at stage 1, and fails at stage 2; drop it",
     ),
 )
 

@@ -137,6 +137,11 @@ def load_policy(path: str) -> EnginePolicy:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     zero = _zero_block(path, tree)
+    if zero["stage"] and tree.get("prescale_gradients") is True:
+        _fail(
+            path,
+            f"'prescale_gradients' is true, which DeepSpeed has at stage 0 alone, not at {zero['stage']}; drop it.",
+        )
     stated = _batch_number(path, tree, "train_batch_size")
     return EnginePolicy(
         path=str(path),

@@ -91,7 +91,7 @@ BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
 
 
 def with_experts(**zero):
-    return {"dsmoe": {"expert_parallel_size": 2}, "zero_optimization": {"stage": 3, **zero}}
+    return {"dsmoe": {"expert_parallel_size": 2}, "zero_optimization": {"stage": 3} | zero}
 
 
 OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
@@ -115,6 +115,13 @@ OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cp
         (with_experts(zero_quantized_gradients=True), "cuda", True, ("zero_quantized_gradients' is true", "drop it")),
         (with_experts(zero_quantized_weights=True), "cuda", True, ("zero_quantized_weights' is true", "drop it")),
         (with_experts(zero_hpz_partition_size=2), "cuda", True, ("zero_hpz_partition_size' is 2", "drop it")),
+        (with_experts(stage=1, contiguous_gradients=False), "cpu", True, ("contiguous_gradients' is false", "drop it")),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "cpu",
+            False,
+            ("quantized_weights'", "GPU"),
+        ),
         ({"dsmoe": {"optimizer": "cpu_adam"}}, "cuda", False, ("cpu_adam", "offload_optimizer")),
         ({"dsmoe": {"optimizer": "torch_fused"}, **OFFLOAD}, "cuda", False, ("torch_fused", "cpu_adam or torch")),
         ({"dsmoe": {"optimizer": "apex"}, **OFFLOAD}, "cuda", False, ("apex", "cpu_adam or torch")),
@@ -141,6 +148,8 @@ def test_what_deepspeed_would_do_wrongly_is_refused(load, content, device, is_mo
         ({"dsmoe": {"optimizer": "torch"}, **OFFLOAD}, "cuda"),
         ({"dsmoe": {"optimizer": "torch_fused"}}, "cuda"),
         (with_experts(zero_hpz_partition_size=1, zero_quantized_gradients=False), "cuda"),
+        (with_experts(stage=1, contiguous_gradients=True), "cpu"),
+        ({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, "cpu"),
         ({"dsmoe": {"expert_parallel_size": 4}}, "cpu"),
     ],
 )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from plain_loop import (
 )
 from router_choices import Choices, compare_choices
 
+from dsmoe.ds_config import load_policy
 from dsmoe.moe.experts import global_place
 from dsmoe.runtime import distributed
 from dsmoe.runtime.device import Device
@@ -41,6 +43,8 @@ from dsmoe.training.health import GradientWatch
 from dsmoe.training.loop import Training, take_step
 from dsmoe.training.optimizer import build_optimizer
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Cell(NamedTuple):
     """One layout of one run.
@@ -48,7 +52,8 @@ class Cell(NamedTuple):
     kind: of plain_loop.SPECS. stage: of ZeRO, or None for the bare loop itself, data parallel without an engine.
     precision: of plain_loop.DTYPES; the engine takes fp32 and bf16. expert_parallel: ranks a set of experts.
     bias_rate: of the selection bias. offload: the optimizer's state and step on the CPU, as DeepSpeed offloads it.
-    skip: a step in which the last rank's gradient is infinite (ZeRO 1-3, which look).
+    skip: a step in which the last rank's gradient is infinite (ZeRO 1-3, which look). file: of ds_configs, whose engine
+    keys are taken instead of this script's.
     """
 
     kind: str
@@ -62,6 +67,7 @@ class Cell(NamedTuple):
     bias_rate: float = 0.0
     offload: bool = False
     skip: int | None = None
+    file: str = ""
 
 
 class _Plan:
@@ -179,6 +185,8 @@ def train_cell(science, cell):
     if cell.offload:
         config["zero_optimization"] = zero(cell.stage, offload_optimizer={"device": "cpu"})
         config["zero_force_ds_cpu_optimizer"] = False
+    if cell.file:
+        config |= load_policy(str(ROOT / "ds_configs" / cell.file)).passed
     run = new_run(
         science, cell.stage, cell.accumulation, cell.checkpointing, expert_parallel=cell.expert_parallel, **config
     )

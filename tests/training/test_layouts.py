@@ -30,13 +30,15 @@ CELLS = [
 ]
 
 EXPERT_PARALLEL = [
-    # ..., seed, ranks a set of experts, rate of the selection bias, optimizer offloaded, step skipped by an overflow
+    # ..., seed, ranks a set of experts, rate of the selection bias, optimizer offloaded, step skipped by an overflow,
+    # a ds_config that ships
     ("moe", "sample", 0, 1, False, "fp32", 3, 2),
     ("moe", "step", 1, 2, True, "fp32", 3, 2),
     ("gelu", "sample", 2, 1, False, "fp32", 3, 2, 0.002),
     ("moe", "none", 1, 2, False, "fp32", 3, 2, 0.002, True),
     ("moe", "step", 2, 2, False, "fp32", 3, 2, 0.002, False, 2),
     ("lone", "none", 3, 1, True, "fp32", 3, 2, 0.002, False, 3),
+    ("gelu", "sample", 1, 2, False, "fp32", 3, 2, 0.0, False, None, "quickstart_ep2.json"),
     ("gelu", "sample", 3, 2, True, "fp32", 3, 2),
     ("moe", "sample", 3, 1, False, "fp32", 3, 2),
 ]
