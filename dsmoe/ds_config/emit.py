@@ -62,6 +62,11 @@ def _check_expert_parallel(policy: EnginePolicy, num_experts: int, world_size: i
 
 # What DeepSpeed 0.19.8 rejects, or reduces over the wrong ranks, where ranks hold different experts.
 _NOT_WITH_EXPERT_PARALLEL: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    (
+        "contiguous_gradients",
+        lambda value: value is False,
+        "DeepSpeed would average the gradients of different experts; leave it out",
+    ),
     ("zero_quantized_gradients", bool, "DeepSpeed cannot quantize the gradients of experts; drop it"),
     ("zero_quantized_weights", bool, "DeepSpeed gathers quantized weights over all ranks; drop it"),
     (
