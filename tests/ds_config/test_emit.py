@@ -113,6 +113,7 @@ OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cp
         ),
         ({"dsmoe": {"expert_parallel_size": 8}}, "cpu", True, ("expert_parallel_size' is 8", "4 ranks", "1, 2, 4")),
         (with_experts(zero_quantized_gradients=True), "cuda", True, ("zero_quantized_gradients' is true", "drop it")),
+        (with_experts(contiguous_gradients=False), "cpu", True, ("contiguous_gradients' is false", "leave it out")),
         (with_experts(zero_quantized_weights=True), "cuda", True, ("zero_quantized_weights' is true", "drop it")),
         (with_experts(zero_hpz_partition_size=2), "cuda", True, ("zero_hpz_partition_size' is 2", "drop it")),
         ({"dsmoe": {"optimizer": "cpu_adam"}}, "cuda", False, ("cpu_adam", "offload_optimizer")),
@@ -141,6 +142,7 @@ def test_what_deepspeed_would_do_wrongly_is_refused(load, content, device, is_mo
         ({"dsmoe": {"optimizer": "torch"}, **OFFLOAD}, "cuda"),
         ({"dsmoe": {"optimizer": "torch_fused"}}, "cuda"),
         (with_experts(zero_hpz_partition_size=1, zero_quantized_gradients=False), "cuda"),
+        (with_experts(contiguous_gradients=True), "cuda"),
         ({"dsmoe": {"expert_parallel_size": 4}}, "cpu"),
     ],
 )
