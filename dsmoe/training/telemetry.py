@@ -4,6 +4,7 @@ Where the routers sent the images is counted in routing_log.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class Telemetry:
         self._plan, self._lease, self._device = plan, lease, device
         self._folder = RunFolder(folder)
         self._pending: StepReport | None = None
-        self._rows: list[dict[str, float]] = list(resumed["rows"])
+        self._rows: list[dict[str, float | None]] = list(resumed["rows"])
         self._routing = None
         if plan.recipe.model.is_moe:
             self._routing = RoutingLog(plan, device.torch_device, routing["open"])
@@ -130,17 +131,19 @@ class Telemetry:
             allow_overflow=self._plan.engine.precision == "fp16",
         )
         row.update(step=report.step + 1, lr=report.learning_rate, ended=report.ended)
+        if not math.isfinite(row["grad_norm"]):  # only where loss scaling skipped the step: there is no norm
+            row["grad_norm"] = None
         self._rows.append(row)
         for batch in report.routed:
             self._routing.add(batch)
         if row["step"] % self._log_steps == 0 or row["step"] == 1:
             self._log(row)
 
-    def _log(self, last: dict[str, float]) -> None:
+    def _log(self, last: dict[str, float | None]) -> None:
         recipe = self._plan.recipe
         now = last["ended"]
         seconds, steps = now - self._since, len(self._rows)
-        figures = {name: sum(r[name] for r in self._rows) / steps for name in MEANS}
+        figures = {name: _mean([r[name] for r in self._rows if r[name] is not None]) for name in MEANS}
         seen = last["step"] * recipe.train.global_batch
         rate = steps * recipe.train.global_batch / seconds
         flops = 6 * self._plan.model.macs * rate / self._plan.engine.world_size
@@ -158,6 +161,8 @@ class Telemetry:
         }
         if self._peak:
             record["mfu"] = flops / self._peak
+        if self._plan.engine.precision == "fp16":
+            record["skipped_steps"] = sum(r["grad_norm"] is None for r in self._rows)
         window = None
         if self._routing is not None:
             window = self._routing.take()
@@ -170,7 +175,7 @@ class Telemetry:
         if self._lease is not None:
             self._lease.verify()
         seen = record["images_seen"]
-        _append(self._folder.metrics, json.dumps(record))
+        _append(self._folder.metrics, json.dumps(record, allow_nan=False))
         for name, value in record.items():
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, seen)
@@ -183,13 +188,17 @@ class Telemetry:
                 self._routing.watch(window.load, seen)
 
 
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
 def console_line(record: dict[str, object], steps: int) -> str:
     """One progress line of a metrics record."""
     eta = int(record["eta_seconds"])
     parts = [
         f"step {record['step']}/{steps}",
         f"loss {record['loss']:.4f}",
-        f"grad {record['grad_norm']:.3f}",
+        "grad none" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
         f"{record['images_per_second']:.1f} images/s",
         f"matmul {record['matmul_fraction']:.0%}",
@@ -200,6 +209,8 @@ def console_line(record: dict[str, object], steps: int) -> str:
         parts.insert(6, f"MFU {record['mfu']:.1%}")
     if "load_entropy" in record:
         parts.insert(2, f"balance {record['balance']:.3f} (load entropy {record['load_entropy']:.3f})")
+    if record.get("skipped_steps"):
+        parts.append(f"skipped steps {record['skipped_steps']}")
     if record.get("dead_experts"):
         parts.append(f"dead experts {record['dead_experts']}")
     return "  ".join(parts)

@@ -273,6 +273,38 @@ def test_loss_scaling_overflow_is_no_failure_in_fp16(make):
     telemetry.flush()
 
 
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_steps_that_loss_scaling_skipped_leave_strict_json_and_are_counted(make, tmp_path, caplog, norm):
+    """Logged after steps 1 and 4: the first window is one skipped step, of the second the third step is skipped."""
+
+    def strict(line):
+        def refuse(constant):
+            raise AssertionError(f"{constant} is not JSON")
+
+        return json.loads(line, parse_constant=refuse)
+
+    telemetry = make(made_plan(precision="fp16"))
+    with caplog.at_level(logging.INFO, logger="dsmoe.train"):
+        for step, measured in enumerate([norm, 2.0, norm, 4.0]):
+            bad = float(measured == norm or measured != measured)
+            telemetry.push(report(step, 1001.0 + step, grad_norm=measured, bad_gradient=bad))
+        telemetry.settle()
+    first, second = map(strict, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert (first["grad_norm"], first["skipped_steps"]) == (None, 1)
+    assert (second["grad_norm"], second["skipped_steps"]) == (3.0, 1)
+    assert second["loss"] == 0.5
+    shown = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step")]
+    assert "grad none" in shown[0]
+    assert all(line.endswith("skipped steps 1") for line in shown)
+
+
+def test_a_skipped_step_in_an_open_window_is_strict_json_in_a_checkpoint(make):
+    telemetry = make(made_plan(precision="fp16"))
+    telemetry.push(report(1, 1001.0, grad_norm=float("inf")))
+    telemetry.settle()
+    assert json.loads(json.dumps(telemetry.position(), allow_nan=False))["rows"][0]["grad_norm"] is None
+
+
 def test_a_run_that_was_taken_over_writes_no_more(make, tmp_path):
     telemetry = make()
     telemetry.push(report(0, 1001.0))
