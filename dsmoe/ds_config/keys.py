@@ -100,12 +100,7 @@ REFUSED = {
     "zero_optimization.cpu_offload_param": 'write "offload_param": {"device": "cpu"} instead',
     "zero_optimization.cpu_offload_use_pin_memory": "set pin_memory in the offload block instead",
     "zero_optimization.cpu_offload_params": 'write "offload_param": {"device": "cpu"} instead',
-    "zero_optimization.elastic_checkpoint": "dsmoe writes its own checkpoint format, for any number of ranks; drop it",
     "zero_optimization.find_unused_parameters": 'write "ignore_unused_parameters" instead',
-    "zero_optimization.legacy_stage1": "DeepSpeed refuses it since 0.5.8; drop it",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
-        'write "stage3_gather_16bit_weights_on_model_save" instead'
-    ),
     "zero_optimization.offload_optimizer.ratio": "the optimizer is offloaded whole; drop it",
     "zero_optimization.offload_optimizer.nvme_path": "offload goes to the CPU only; drop it",
     "zero_optimization.offload_param.nvme_path": "offload goes to the CPU only; drop it",

@@ -186,10 +186,7 @@ OLD_IN_ZERO = {
     "cpu_offload": '"offload_optimizer"',
     "cpu_offload_param": '"offload_param"',
     "cpu_offload_params": '"offload_param"',
-    "elastic_checkpoint": "drop it",
     "find_unused_parameters": '"ignore_unused_parameters"',
-    "legacy_stage1": "drop it",
-    "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
 }
 
 
