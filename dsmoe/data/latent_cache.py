@@ -140,7 +140,7 @@ def _short(value: object) -> str:
 class LatentCache:
     """A complete cache, mapped into memory: nothing is read before it is asked for, and pages are shared by ranks.
 
-    header: CacheHeader. damaged: items that a stand-in replaces, damaged_first: the first names and reasons.
+    header: CacheHeader.
     """
 
     def __init__(self, folder: str | Path, build_command: str = _COMMAND) -> None:
@@ -154,8 +154,8 @@ class LatentCache:
         for shard in self.manifest["shards"]:
             if wrong := size_difference(self.folder / shard["name"], shard):
                 raise DataError(
-                    f"latent cache {self.folder} is damaged: {wrong}; restore it, or delete the folder and build it "
-                    f"again: {build_command}."
+                    f"latent cache {self.folder} is damaged: {wrong}; restore that file, or make it again (it alone): "
+                    f"{build_command}."
                 )
         self._moments: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -178,9 +178,9 @@ class LatentCache:
         return len(self.header.class_names)
 
     @property
-    def damaged(self) -> tuple[int, list[str]]:
-        """How many items a stand-in replaces, and the first ones' names with the reasons."""
-        return self.manifest["damaged"], self.manifest["damaged_first"]
+    def damaged(self) -> list[str]:
+        """Names, with the reasons, of the items that a stand-in replaces."""
+        return [f"{name} ({why})" for shard in self.manifest["shards"] for _, name, why in shard["damaged"]]
 
     def read(self, items: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         """(moments fp32 [B, moments, C, h, w], labels int64 [B]) of items int64 [B], mirrored where bool [B] says so.

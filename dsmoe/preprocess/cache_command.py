@@ -150,6 +150,6 @@ def verify(folder: Path) -> int:
     if damaged := board.count("wrong"):
         raise DataError(
             f"{damaged} of {len(shards)} shards in {folder} are damaged: {board.line('wrong 0')}. Restore them, or "
-            "delete the folder and build it again."
+            "delete those files and give the command that built them, which makes them again."
         )
     return 0

@@ -22,7 +22,6 @@ from dsmoe.data.dataset import Fault
 from dsmoe.data.latent_cache import BUILDING, FORMAT, MANIFEST, CacheHeader, mismatches, read_manifest
 
 _HEADER = "header.json"
-_SHOWN = 20  # names of damaged items in the manifest
 _SPARE_BYTES = 64 << 20
 
 
@@ -32,6 +31,7 @@ class CacheFolder:
     def __init__(self, path: Path, header: CacheHeader) -> None:
         self.path, self.header = path, header
         self._building = path / BUILDING
+        self._former: list[dict] = []  # shards of a manifest that lost some
 
     @property
     def lease_folder(self) -> RunFolder:
@@ -41,13 +41,16 @@ class CacheFolder:
     def check(self) -> bool:
         """Whether the cache is complete already; ConfigError when the folder holds something else or cannot be used.
 
-        Writes nothing.
+        One that lost shards is not. Writes nothing.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--out {self.path} is a file; give a folder.")
-        complete = (self.path / MANIFEST).exists()
-        if complete:
-            self._compare(read_manifest(self.path))
+        complete = False
+        if (self.path / MANIFEST).exists():
+            tree = read_manifest(self.path)
+            self._compare(tree)
+            complete = not any(size_difference(self.path / shard["name"], shard) for shard in tree["shards"])
+            self._former = [] if complete else tree["shards"]
         elif (self._building / _HEADER).exists():
             self._compare(self._started())
         elif self.path.exists() and any(p.name != BUILDING for p in self.path.iterdir()):
@@ -95,6 +98,11 @@ class CacheFolder:
         self._building.mkdir(parents=True, exist_ok=True)
         lease = Lease.take(self.lease_folder)
         write_whole(self._building / _HEADER, seal(self.header.to_dict()))
+        if self._former:
+            for shard, stated in enumerate(self._former):
+                write_whole(self._record(shard), json.dumps(stated) + "\n")
+            self._former = []
+            (self.path / MANIFEST).unlink()
         for folder in (self.path, self._building):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
@@ -103,7 +111,8 @@ class CacheFolder:
     def stated(self, shard: int) -> dict | None:
         """What is recorded of a finished shard, once its file has that size; None when it has to be made."""
         try:
-            stated = json.loads(self._record(shard).read_text(encoding="utf-8"))
+            former = self._former[shard] if self._former else None
+            stated = former or json.loads(self._record(shard).read_text(encoding="utf-8"))
             return None if size_difference(self.path / self.header.shard_name(shard), stated) else stated
         except (OSError, ValueError, KeyError):
             return None
@@ -132,13 +141,12 @@ class CacheFolder:
 
     def complete(self, lease: Lease) -> None:
         """Seal the manifest over all shards: the cache exists from then on."""
-        faults, shards = self.faults(), []
+        shards = []
         for shard in range(self.header.shards):
             items, stated = self.header.shard_range(shard), self._finished(shard)
             place = {"first": items.start, "count": len(items)}
-            shards.append({name: stated[name] for name in ("name", "bytes", "sha256")} | place)
-        first = [f"{fault.name} ({fault.reason})" for fault in faults[:_SHOWN]]
-        content = self.header.to_dict() | {"shards": shards, "damaged": len(faults), "damaged_first": first}
+            shards.append({name: stated[name] for name in ("name", "bytes", "sha256", "damaged")} | place)
+        content = self.header.to_dict() | {"shards": shards}
         lease.verify()
         sync_folder(self.path)
         write_whole(self.path / MANIFEST, seal(content))

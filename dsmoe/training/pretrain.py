@@ -262,10 +262,10 @@ def _engine(prepared: Prepared, device: torch.device) -> Engine:
 def _report_damage(dataset: ImageDataset | LatentCache) -> None:
     """Say how many files were skipped on all ranks together, and the first names."""
     if isinstance(dataset, LatentCache):
-        count, first = dataset.damaged
-        if count and distributed.is_main():
+        names = dataset.damaged
+        if names and distributed.is_main():
             line = "stand-ins for %d damaged images in the cache, the first: %s"
-            logging.get_logger("data").warning(line, count, ", ".join(first[:5]))
+            logging.get_logger("data").warning(line, len(names), ", ".join(names[:5]))
     if not isinstance(dataset, FaultReporter):
         return
     met = torch.zeros(len(dataset), dtype=torch.uint8)
