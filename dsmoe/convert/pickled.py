@@ -4,6 +4,8 @@
 where the caller says so, stands there as an inert object that holds nothing; code is never run in either case.
 """
 
+import mmap
+import os
 import re
 import struct
 import zipfile
@@ -63,12 +65,33 @@ def load(path: Path, *, inert: bool = False) -> object:
     stand_ins = [(type("Inert", (Inert,), {}), name) for name in foreign or _HARMLESS]
     try:
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return _read(path, mapped)
+    except CheckpointError:
+        raise
     except Exception as error:  # the reader has many kinds for a damaged file
         name = re.search(r"(?:GLOBAL|global|function) ([\w.]+)", str(error))
         if name:
             raise CheckpointError(_pickled_code(path, [name[1]], never=inert)) from error
         raise CheckpointError(f"{path} is damaged or not a torch file; restore it from a copy.") from error
+
+
+def _read(path: Path, mapped: bool) -> object:
+    """torch.load; a file larger than memory is mapped as shared, since a private mapping must be backed by memory.
+
+    Shared, what is written to a tensor would be written to the file: nothing here writes to what it has read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except RuntimeError as error:
+        if not mapped or "unable to mmap" not in str(error):
+            raise
+    if not os.access(path, os.W_OK):
+        raise CheckpointError(
+            f"{path} is larger than this host's memory and write-protected; torch maps such files only when they may "
+            "be written (they are not): allow it, for example on a copy."
+        )
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _foreign(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import mmap
 import os
 import subprocess
 import sys
@@ -72,6 +73,25 @@ def test_code_is_never_run(tmp_path, kind, inert, old):
             load(path, inert=inert)
         assert "\n" not in str(error.value)
     assert not made.exists()
+
+
+def test_a_file_that_memory_cannot_back_is_mapped_all_the_same(tmp_path, monkeypatch):
+    """Private mappings of files larger than memory fail (seen on a 31 GiB file); the file must stay as it is."""
+    path = saved(tmp_path, TENSORS)
+    before, plain = path.read_bytes(), torch.load
+
+    def short_of_memory(*words, **options):
+        if torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE:
+            raise RuntimeError(f"unable to mmap 33008974469 bytes from file <{path}>: Cannot allocate memory (12)")
+        return plain(*words, **options)
+
+    monkeypatch.setattr(torch, "load", short_of_memory)
+    source = pickled_source(path, ())
+    assert all(torch.equal(source[name], tensor) for name, tensor in TENSORS.items())
+    assert path.read_bytes() == before
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="write-protected"):
+        load(path)
 
 
 def test_old_torch_files_are_read(tmp_path):
