@@ -140,3 +140,12 @@ class Kernels:
         given = (dy, x, scale, scale.stride(0), mean, rstd)
         self._run("modulate_backward", memory, DTYPES[dtype], b, t, d, *given, *out.values(), scratch)
         return out
+
+    def grouped_glu(self, rows: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, **extra) -> dict[str, Tensor]:
+        """a, h, up. extra: gate; only_a leaves h and up out."""
+        (r, d), (e, f, _), memory = rows.shape, w_gate.shape, Memory(self.offset)
+        names = ("a",) if extra.get("only_a") else ("a", "h", "up")
+        out = {name: memory.new(r, f, dtype=rows.dtype) for name in names}
+        given = (rows, w_gate, w_up, ends, extra.get("gate"))
+        self._run("grouped_glu", memory, DTYPES[rows.dtype], r, d, f, e, *given, *map(out.get, ("a", "h", "up")))
+        return out

@@ -119,7 +119,7 @@ def built(family: str, mistake: Mistake | None, sanitize: bool = False) -> Path:
                 replace_once(copy / "cuda" / file, old, new)
         if mistake:
             replace_once(copy / "cuda" / mistake.file, mistake.old, mistake.new)
-        return emulation.build(copy, (family,), sanitize, optimize="-O0")
+        return emulation.build(copy, (family,), sanitize, optimize=False)
 
 
 def run_check(library: str, check: str) -> None:
