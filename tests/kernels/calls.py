@@ -4,7 +4,6 @@ import torch
 from emulation import DTYPES, Library, Memory
 from torch import Tensor
 
-
 KINDS = {"swiglu": 0, "gelu": 1}
 
 
@@ -20,7 +19,9 @@ class Kernels:
         assert status == 0, f"{name} returned {status}"
         memory.verify()
 
-    def route(self, x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> dict[str, Tensor]:
+    def route(
+        self, x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The fields of dsmoe.ops.Routing, ends and prob_sum."""
         (n, d), e, memory = x.shape, weight.shape[0], Memory(self.offset)
         out = {
@@ -105,7 +106,9 @@ class Kernels:
         self._run("expert_act", memory, DTYPES[h.dtype], KINDS[kind], r, f, experts, *given, a)
         return a
 
-    def expert_act_backward(self, kind: str, da: Tensor, h: Tensor, wanted: tuple[str, ...], **extra) -> dict[str, Tensor]:
+    def expert_act_backward(
+        self, kind: str, da: Tensor, h: Tensor, wanted: tuple[str, ...], **extra
+    ) -> dict[str, Tensor]:
         """wanted: of dup, dbias, dgate, a; dh always. extra: up, bias, ends, gate."""
         (r, f), memory, bias = h.shape, Memory(self.offset), extra.get("bias")
         experts, stride = (0, 0) if bias is None else (bias.shape[0], bias.stride(0))

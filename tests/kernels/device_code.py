@@ -45,7 +45,18 @@ def compiled(family: str, architecture: str) -> tuple[Path, dict[str, Usage]]:
     if not report.exists():
         folder.mkdir(parents=True, exist_ok=True)
         source = emulation.SOURCES / "cuda" / f"{family}.cu"
-        words = [nvcc(), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source), "-o", str(cubin)]
+        words = [
+            nvcc(),
+            "-std=c++17",
+            "-O3",
+            f"-arch={architecture}",
+            "-cubin",
+            "-Xptxas",
+            "-v",
+            str(source),
+            "-o",
+            str(cubin),
+        ]
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:4000]
         unfinished = folder / f"{family}.{os.getpid()}"

@@ -69,6 +69,8 @@ def build(
     unfinished = folder / f"unfinished.{os.getpid()}"
     run("-shared", *objects, "-o", str(unfinished), "-pthread")
     unfinished.replace(library)
+    for target in objects:
+        os.unlink(target)
     return library
 
 

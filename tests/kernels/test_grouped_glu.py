@@ -9,13 +9,13 @@ from truth import assert_close, in_every_schedule
 
 BF16 = torch.bfloat16
 
-# rows of each expert, padding rows after them, dim, hidden
+# rows of each expert, padding rows after them, dim, hidden, gated
 CASES = [
-    ([130, 0, 70], 0, 384, 128),  # six steps through a ring of four; an expert without rows; two row tiles
-    ([1, 63, 5], 3, 72, 136),  # D and F that fill no tile
-    ([0, 0], 0, 64, 64),
-    ([128], 0, 64, 64),  # exactly one tile
-    ([0, 129], 0, 8, 8),
+    ([130, 0, 70], 0, 384, 128, True),  # six steps through a ring of four; an expert without rows; two row tiles
+    ([1, 63, 5], 3, 72, 136, False),  # D and F that fill no tile
+    ([0, 0], 0, 64, 64, True),
+    ([128], 0, 64, 64, False),  # exactly one tile
+    ([0, 129], 0, 8, 8, True),
 ]
 
 
@@ -39,8 +39,7 @@ def by_expert(m: dict[str, Tensor], counts: list[int], gated: bool, dtype: torch
     return {"a": a, "h": h, "up": up}
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("counts", "padding", "d", "f"), CASES)
+@pytest.mark.parametrize(("counts", "padding", "d", "f", "gated"), CASES)
 def test_against_float64(kernels: Kernels, counts, padding, d, f, gated):
     m = made(counts, padding, d, f)
     extra = {"gate": m["gate"]} if gated else {}
