@@ -24,7 +24,7 @@ CASES = (
     " or unaligned or no_tokens"
 )
 READ_PAST_THE_WEIGHTS = planted.Mistake(
-    "a weight row too many", "route", "route_product.cuh", "if (e < shape.experts)\n", "if (true)\n", "route_few"
+    "a weight row too many", "route", "route_product.cuh", "if (e < shape.experts) load8", "load8", "route_few"
 )
 
 

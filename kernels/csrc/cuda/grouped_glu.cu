@@ -23,6 +23,7 @@ extern "C" int DSMOE_SYM(dsmoe_grouped_glu)(int dtype, int64_t R, int64_t D, int
   const GluOutputs out{gate, static_cast<bf16*>(a), static_cast<bf16*>(h), static_cast<bf16*>(up)};
   // Every expert may end within a tile: at most one tile more than full ones for each.
   const dim3 grid(static_cast<unsigned>(R / kGluRows + E), static_cast<unsigned>(ceil_div(F, kGluColumns)));
-  DSMOE_LAUNCH(grouped_glu, grid, dim3(kGluThreads), kGluSharedBytes, stream, x_map, gate_map, up_map, ends, shape, out);
+  DSMOE_LAUNCH(grouped_glu, grid, dim3(kGluThreads), kGluSharedBytes, stream, x_map, gate_map, up_map, ends, shape,
+               out);
   return launch_status();
 }

@@ -70,7 +70,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* b, int parity) {
       : "memory");
 }
 // A box of the mapped matrix from (row, column) to shared memory; its bytes count at the mbarrier.
-__device__ __forceinline__ void tensor_copy(void* target, const TensorMap* map, uint64_t* barrier, int column, int row) {
+__device__ __forceinline__ void tensor_copy(void* target, const TensorMap* map, uint64_t* barrier, int column,
+                                            int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(target)),

@@ -100,7 +100,8 @@ namespace dsmoe {
 
 using TensorMap = emu::TensorMap;
 
-inline bool make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns, int box_rows, int box_columns) {
+inline bool make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns, int box_rows,
+                            int box_columns) {
   *map = {static_cast<const __nv_bfloat16*>(base), rows, columns, box_rows, box_columns};
   return true;
 }
