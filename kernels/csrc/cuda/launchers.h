@@ -106,11 +106,12 @@ int DSMOE_SYM(dsmoe_expert_act_backward)(int dtype, int kind, int64_t R, int64_t
 // ---- modulate.cu ---------------------------------------------------------------------------------------------------
 // y[b,t] = layer_norm(x[b,t]) * (1 + scale[b]) + shift[b]; eps 1e-6, no affine parameters, float32 inside.
 //   x [B,T,D] T, shift and scale [B,D] T with row stride mod_stride -> y [B,T,D] T, mean? and rstd? [B,T].
-// Not covered: D > 8192.
+// Not covered: D > 4096.
 int DSMOE_SYM(dsmoe_modulate)(int dtype, int64_t B, int64_t T, int64_t D, const void* x, const void* shift,
                               const void* scale, int64_t mod_stride, void* y, float* mean, float* rstd, void* stream);
 
 // dy, x [B,T,D] T, scale as above, mean, rstd [B,T] -> dx [B,T,D] T, dshift and dscale [B,D] T contiguous.
+// Not covered: D > 4096.
 int64_t DSMOE_SYM(dsmoe_modulate_backward_scratch_bytes)(int64_t B, int64_t T, int64_t D);
 int DSMOE_SYM(dsmoe_modulate_backward)(int dtype, int64_t B, int64_t T, int64_t D, const void* dy, const void* x,
                                        const void* scale, int64_t mod_stride, const float* mean, const float* rstd,
