@@ -4,7 +4,6 @@ import torch
 from emulation import DTYPES, Library, Memory
 from torch import Tensor
 
-
 KINDS = {"swiglu": 0, "gelu": 1}
 
 
@@ -20,7 +19,9 @@ class Kernels:
         assert status == 0, f"{name} returned {status}"
         memory.verify()
 
-    def route(self, x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> dict[str, Tensor]:
+    def route(
+        self, x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The fields of dsmoe.ops.Routing, ends and prob_sum."""
         (n, d), e, memory = x.shape, weight.shape[0], Memory(self.offset)
         out = {
@@ -105,7 +106,9 @@ class Kernels:
         self._run("expert_act", memory, DTYPES[h.dtype], KINDS[kind], r, f, experts, *given, a)
         return a
 
-    def expert_act_backward(self, kind: str, da: Tensor, h: Tensor, wanted: tuple[str, ...], **extra) -> dict[str, Tensor]:
+    def expert_act_backward(
+        self, kind: str, da: Tensor, h: Tensor, wanted: tuple[str, ...], **extra
+    ) -> dict[str, Tensor]:
         """wanted: of dup, dbias, dgate, a; dh always. extra: up, bias, ends, gate."""
         (r, f), memory, bias = h.shape, Memory(self.offset), extra.get("bias")
         experts, stride = (0, 0) if bias is None else (bias.shape[0], bias.stride(0))
@@ -139,4 +142,13 @@ class Kernels:
         scratch = memory.scratch(self.library.call("modulate_backward_scratch_bytes", b, t, d))
         given = (dy, x, scale, scale.stride(0), mean, rstd)
         self._run("modulate_backward", memory, DTYPES[dtype], b, t, d, *given, *out.values(), scratch)
+        return out
+
+    def grouped_glu(self, rows: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, **extra) -> dict[str, Tensor]:
+        """a, h, up. extra: gate; only_a leaves h and up out."""
+        (r, d), (e, f, _), memory = rows.shape, w_gate.shape, Memory(self.offset)
+        names = ("a",) if extra.get("only_a") else ("a", "h", "up")
+        out = {name: memory.new(r, f, dtype=rows.dtype) for name in names}
+        given = (rows, w_gate, w_up, ends, extra.get("gate"))
+        self._run("grouped_glu", memory, DTYPES[rows.dtype], r, d, f, e, *given, *map(out.get, ("a", "h", "up")))
         return out

@@ -17,7 +17,8 @@ def library():
 
     if emulation.compiler() is None:
         pytest.skip("no g++: the CUDA kernels cannot be emulated")
-    return emulation.Library(emulation.build(sanitize="asan" in os.environ.get("LD_PRELOAD", "")))
+    sanitize = "asan" in os.environ.get("LD_PRELOAD", "")
+    return emulation.Library(emulation.build(sanitize=sanitize, optimize=not sanitize))
 
 
 @pytest.fixture

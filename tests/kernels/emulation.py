@@ -21,7 +21,7 @@ SOURCES = ROOT / "kernels" / "csrc"
 BUILDS = ROOT / "build" / "kernel_emulation"
 FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
-FAMILIES = ("route", "rows", "activation", "modulate")
+FAMILIES = ("route", "rows", "activation", "modulate", "grouped_glu")
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -31,22 +31,25 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _hash(folder: Path, words: tuple[str, ...]) -> str:
+def source_hash(sources: Path = SOURCES, *words: str) -> str:
+    """Of the CUDA sources, the emulation and these words."""
     digest = hashlib.sha256(" ".join(words).encode())
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(folder).as_posix().encode())
+    for path in sorted(p for part in ("cuda", "emulation") for p in (sources / part).rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            digest.update(path.relative_to(sources).as_posix().encode())
             digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:24]
 
 
 def build(
-    sources: Path = SOURCES, families: tuple[str, ...] = FAMILIES, sanitize: bool = False, optimize: str = "-O1"
+    sources: Path = SOURCES, families: tuple[str, ...] = FAMILIES, sanitize: bool = False, optimize: bool = True
 ) -> Path:
-    """The shared library of these families (NAME.cu), compiled unless the same sources were before."""
-    flags = (*FLAGS, optimize, *(SANITIZE if sanitize else ()))
-    trees = [_hash(sources / part, (*flags, *families, str(compiler()))) for part in ("cuda", "emulation")]
-    folder = BUILDS / "-".join(trees)
+    """The shared library of these families (NAME.cu), compiled unless the same sources were before.
+
+    optimize: pays where the library runs for more than a few seconds.
+    """
+    flags = (*FLAGS, "-O1" if optimize else "-O0", *(SANITIZE if sanitize else ()))
+    folder = BUILDS / source_hash(sources, *flags, *families, str(compiler()))
     library = folder / "libdsmoe_emulated.so"
     if library.exists():
         return library
@@ -66,6 +69,8 @@ def build(
     unfinished = folder / f"unfinished.{os.getpid()}"
     run("-shared", *objects, "-o", str(unfinished), "-pthread")
     unfinished.replace(library)
+    for target in objects:
+        os.unlink(target)
     return library
 
 

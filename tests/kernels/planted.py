@@ -44,6 +44,7 @@ SLIM = {
 # Test and its arguments, all float32; every family's checks pass without a mistake.
 CHECKS = {
     "route8": ("test_route", "test_forward", (257, 256, 8, 2, "F32", True, False)),
+    "route_few": ("test_route", "test_forward", (70, 40, 5, 2, "F32", False, False)),
     "route64": ("test_route", "test_forward", (193, 320, 64, 2, "F32", True, False)),
     "route64_ties": ("test_route", "test_equal_scores_go_to_the_lower_expert", (64, 4)),
     "route_many_blocks": ("test_route", "test_forward", (17000, 8, 5, 1, "F32", False, False)),
@@ -52,6 +53,7 @@ CHECKS = {
     "sum_rows": ("test_rows", "test_sum", (50, 1152, 2, 1, "F32", ("gates", "add"))),
     "sum_backward": ("test_rows", "test_sum_backward", (50, 1152, 2, 1, "F32", ("drows", "dgates"), ("gates",))),
     "gelu": ("test_activation", "test_forward_and_backward", ([3, 70], 5, 1536, "F32", "gelu", ("bias", "gate"))),
+    "glu": ("test_grouped_glu", "test_against_float64", ([66, 0, 20], 0, 384, 8, True)),
     "modulate": ("test_modulate", "test_forward_and_backward", (3, 33, 264, "F32")),
 }
 
@@ -97,6 +99,25 @@ MISTAKES = [
             "sums[t0 / kGroup % 2]", "sums[0]", "modulate"),
     Mistake("columns that do not exist in the variance", "modulate", "modulate.cuh",
             "columns[i] < dim ? v[i] - mean[t] : 0.f", "v[i] - mean[t]", "modulate"),
+    Mistake("no wait for the tiles", "grouped_glu", "grouped_glu.cuh",
+            "mbarrier_wait(&full[stage], round & 1);", "", "glu"),
+    Mistake("the wrong parity", "grouped_glu", "grouped_glu.cuh",
+            "mbarrier_wait(&empty[stage], (round & 1) ^ 1);", "mbarrier_wait(&empty[stage], round & 1);", "glu"),
+    Mistake("a stage never released", "grouped_glu", "grouped_glu.cuh",
+            "if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[stage]);", "", "glu"),
+    Mistake("a stage released before its products are done", "grouped_glu", "grouped_glu.cuh",
+            "    wgmma_wait<0>();\n    if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[stage]);",
+            "    if (threadIdx.x % 128 == 0) mbarrier_arrive(&empty[stage]);\n    wgmma_wait<0>();", "glu"),
+    Mistake("no wait for the products", "grouped_glu", "grouped_glu.cuh", "    wgmma_wait<0>();\n", "", "glu"),
+    Mistake("half a descriptor step", "grouped_glu", "grouped_glu.cuh",
+            "wgmma_64x128x16(h, x + 2 * q, w_gate + 2 * q);", "wgmma_64x128x16(h, x + q, w_gate + q);", "glu"),
+    Mistake("fewer bytes expected than come", "grouped_glu", "grouped_glu.cuh",
+            "mbarrier_arrive_expect(&full[stage], kGluStageBytes);",
+            "mbarrier_arrive_expect(&full[stage], kGluStageBytes - kGluTileBytes);", "glu"),
+    Mistake("barriers used before they are made", "grouped_glu", "grouped_glu.cuh",
+            f"  {SYNC}\n  if (group == 0)", "  if (group == 0)", "glu"),
+    Mistake("a row of the next expert written", "grouped_glu", "grouped_glu.cuh",
+            "if (r >= end) continue;", "if (r > end) continue;", "glu"),
 ]  # fmt: skip
 
 
@@ -119,7 +140,7 @@ def built(family: str, mistake: Mistake | None, sanitize: bool = False) -> Path:
                 replace_once(copy / "cuda" / file, old, new)
         if mistake:
             replace_once(copy / "cuda" / mistake.file, mistake.old, mistake.new)
-        return emulation.build(copy, (family,), sanitize, optimize="-O0")
+        return emulation.build(copy, (family,), sanitize, optimize=family == "grouped_glu")
 
 
 def run_check(library: str, check: str) -> None:

@@ -24,16 +24,17 @@ CASES = (
     " or unaligned or no_tokens"
 )
 READ_PAST_THE_WEIGHTS = planted.Mistake(
-    "a weight row too many", "route", "route_product.cuh", "if (e < shape.experts)\n", "if (true)\n", "route_few"
+    "a weight row too many", "route", "route_product.cuh", "if (e < shape.experts) load8", "load8", "route_few"
 )
-planted.CHECKS["route_few"] = ("test_route", "test_forward", (70, 40, 5, 2, "F32", False, False))
 
 
 def environment() -> dict[str, str]:
     """With the sanitizer's library loaded first; skips, by name, where there is none."""
     if emulation.compiler() is None:
         pytest.skip("no g++: the CUDA kernels cannot be emulated")
-    found = subprocess.run([emulation.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [emulation.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
     if not Path(found).is_absolute():
         pytest.skip("no libasan: the CUDA kernels cannot be run under the address sanitizer")
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"
@@ -52,6 +53,6 @@ def test_no_access_outside_the_tensors():
 def test_a_read_past_the_weights_is_found():
     env = environment() | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent), str(HERE.parents[1])))}
     library = planted.built("route", READ_PAST_THE_WEIGHTS, sanitize=True)
-    code = f"import json, planted, test_address_sanitizer; print(json.dumps(planted.how_it_fails({str(library)!r}, 'route_few')))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert "heap-buffer-overflow" in (json.loads(done.stdout) or ""), done.stdout
+    words = [sys.executable, planted.__file__, f"{library}:{READ_PAST_THE_WEIGHTS.check}"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    assert "heap-buffer-overflow" in (json.loads(done.stdout)[0] or ""), done.stdout

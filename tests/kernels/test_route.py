@@ -86,7 +86,9 @@ def test_forward(kernels: Kernels, n, d, e, k, dtype, renormalize, bias):
     assert (scores.topk(k).values.min(-1).values - lowest_chosen <= 1e-6).all()
 
 
-@pytest.mark.parametrize("given", [("probs",), ("gates",), ("logsumexp", "prob_sum"), ("probs", "gates", "logsumexp", "prob_sum"), ()])
+@pytest.mark.parametrize(
+    "given", [("probs",), ("gates",), ("logsumexp", "prob_sum"), ("probs", "gates", "logsumexp", "prob_sum"), ()]
+)
 @pytest.mark.parametrize(("n", "d", "e", "k", "dtype", "renormalize"), CASES)
 def test_backward(kernels: Kernels, n, d, e, k, dtype, renormalize, given):
     x, weight, _ = inputs(n, d, e, dtype, False)
@@ -185,7 +187,15 @@ def test_blocks_may_run_at_the_same_time(kernels: Kernels, library):
 
 @pytest.mark.parametrize(
     ("dtype", "n", "d", "e", "k"),
-    [(3, 4, 8, 8, 2), (0, -1, 8, 8, 2), (0, 4, 8, 65, 2), (0, 4, 8, 8, 3), (0, 4, 8, 2, 4), (0, 2**30, 8, 8, 4), (0, 4, 8, 0, 1)],
+    [
+        (3, 4, 8, 8, 2),
+        (0, -1, 8, 8, 2),
+        (0, 4, 8, 65, 2),
+        (0, 4, 8, 8, 3),
+        (0, 4, 8, 2, 4),
+        (0, 2**30, 8, 8, 4),
+        (0, 4, 8, 0, 1),
+    ],
 )
 def test_what_is_not_covered_is_refused(library, dtype, n, d, e, k):
     assert library.call("route", dtype, n, d, e, k, 0, *[None] * 14) == -1

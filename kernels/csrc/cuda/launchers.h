@@ -1,13 +1,13 @@
 // The C interface of the CUDA kernels: raw pointers, sizes and a stream; no torch type, no torch header.
 //
-// Every *.cu file of this folder is one translation unit. nvcc builds it with functions named NAME_cuda; g++ builds the
-// same file against ../emulation (g++ -std=c++17 -x c++ FILE.cu) with functions named NAME_emu, which run on host memory
-// and ignore the stream. Callers declare either set by defining DSMOE_SYM before including this header.
+// Every *.cu file of this folder is one translation unit. nvcc builds it with functions named NAME_cuda; g++ builds
+// the same file against ../emulation (g++ -std=c++17 -x c++ FILE.cu) with functions named NAME_emu, which run on host
+// memory and ignore the stream. Callers declare either set by defining DSMOE_SYM before including this header.
 //
 // Return value of every launcher: 0; or a cudaError_t; or DSMOE_NOT_COVERED (-1), in which case nothing was launched
 // and the caller takes its fallback (the conditions stand with each function; all functions: sizes that are negative,
 // N * k or R >= 2^31, an unknown dtype).
-// No launcher allocates, waits for the device or reads device memory on the host, so all can be captured in a CUDA graph.
+// No launcher allocates, waits for the device or reads device memory on the host: all can be captured in a CUDA graph.
 // Results are the same bits on every run: there are no float atomics, and sums have a fixed order.
 //
 // Shapes: N tokens, D dim, E experts (1 to 64), k choices (1, 2 or 4, at most E), R = N * k rows in expert order (all
@@ -88,7 +88,8 @@ int DSMOE_SYM(dsmoe_sum_rows_backward)(int dtype, int dout_dtype, int64_t N, int
 // ---- activation.cu -------------------------------------------------------------------------------------------------
 // a[r] = gate?[r] * act(r); act = silu(h) * up (DSMOE_SWIGLU; up required, bias and ends ignored) or
 // gelu_tanh(h + bias[e(r)]) (DSMOE_GELU; up ignored; bias? [E,F] T with row stride bias_stride, which needs ends [E]).
-//   h, up [R,F] T, gate? [R] -> a [R,F] T. e(r) is the number of ends <= r. Rows from ends[E-1] on get a = 0.
+//   h, up [R,F] T, gate? [R] -> a [R,F] T. e(r) is the number of ends <= r. With a bias, rows from ends[E-1] on are
+//   padding: their a (and every gradient) is 0.
 int DSMOE_SYM(dsmoe_expert_act)(int dtype, int kind, int64_t R, int64_t F, int E, const void* h, const void* up,
                                 const void* bias, int64_t bias_stride, const int32_t* ends, const float* gate, void* a,
                                 void* stream);
@@ -105,35 +106,27 @@ int DSMOE_SYM(dsmoe_expert_act_backward)(int dtype, int kind, int64_t R, int64_t
 // ---- modulate.cu ---------------------------------------------------------------------------------------------------
 // y[b,t] = layer_norm(x[b,t]) * (1 + scale[b]) + shift[b]; eps 1e-6, no affine parameters, float32 inside.
 //   x [B,T,D] T, shift and scale [B,D] T with row stride mod_stride -> y [B,T,D] T, mean? and rstd? [B,T].
-// Not covered: D > 8192.
+// Not covered: D > 4096.
 int DSMOE_SYM(dsmoe_modulate)(int dtype, int64_t B, int64_t T, int64_t D, const void* x, const void* shift,
                               const void* scale, int64_t mod_stride, void* y, float* mean, float* rstd, void* stream);
 
 // dy, x [B,T,D] T, scale as above, mean, rstd [B,T] -> dx [B,T,D] T, dshift and dscale [B,D] T contiguous.
+// Not covered: D > 4096.
 int64_t DSMOE_SYM(dsmoe_modulate_backward_scratch_bytes)(int64_t B, int64_t T, int64_t D);
 int DSMOE_SYM(dsmoe_modulate_backward)(int dtype, int64_t B, int64_t T, int64_t D, const void* dy, const void* x,
                                        const void* scale, int64_t mod_stride, const float* mean, const float* rstd,
                                        void* dx, void* dshift, void* dscale, void* scratch, void* stream);
 
 // ---- grouped_glu.cu (tier B) ---------------------------------------------------------------------------------------
-// The first expert product with SwiGLU and the gate in its epilogue, on Hopper's tensor cores:
-//   h = x_r w_gate[e]^T, up = x_r w_up[e]^T, a = gate?[r] * silu(h) * up; x_r is rows[r], or x[order[r] / k] when order
-//   is given (then `rows` is x [N,D], N = R / k).
-//   rows [R,D] T, w_gate and w_up [E,F,D] T, ends [E] -> a [R,F] T, h? and up? [R,F] T. Rows from ends[E-1] on are
-//   not written.
-// Not covered: a device other than sm_90; dtype other than bfloat16; D or F not a multiple of 64; unaligned pointers.
-int DSMOE_SYM(dsmoe_grouped_glu)(int dtype, int64_t R, int64_t D, int64_t F, int E, int k, const void* rows,
-                                 const int64_t* order, const void* w_gate, const void* w_up, const int32_t* ends,
-                                 const float* gate, void* a, void* h, void* up, void* stream);
-
-// Its counterpart in the backward: da = dy_r w_down[e], then dh, dup, dgate and a as in dsmoe_expert_act_backward.
-//   dy [R,D] T (or dout [N,D] with order), w_down [E,D,F] T, h and up [R,F] T -> dh, dup, a? [R,F] T, dgate? [R].
-// Not covered: as dsmoe_grouped_glu.
-int64_t DSMOE_SYM(dsmoe_grouped_dglu_scratch_bytes)(int64_t R, int64_t F);
-int DSMOE_SYM(dsmoe_grouped_dglu)(int dtype, int64_t R, int64_t D, int64_t F, int E, int k, const void* dy,
-                                  const int64_t* order, const void* w_down, const int32_t* ends, const void* h,
-                                  const void* up, const float* gate, void* dh, void* dup, float* dgate, void* a,
-                                  void* scratch, void* stream);
+// The experts' first product with SwiGLU and the gate in its epilogue, on Hopper's tensor cores (wgmma, TMA):
+//   h = rows[r] w_gate[e(r)]^T, up = rows[r] w_up[e(r)]^T (summed in float32), a = gate?[r] * silu(h) * up
+//   rows [R,D] T, w_gate and w_up [E,F,D] T, ends [E] -> a [R,F] T, h? and up? [R,F] T (for the backward). Rows from
+//   ends[E-1] on are not written.
+// Not covered: a device other than compute capability 9.0; dtype other than bfloat16; D or F not a multiple of 8; a
+// pointer that is not 16-byte aligned; D = 0.
+int DSMOE_SYM(dsmoe_grouped_glu)(int dtype, int64_t R, int64_t D, int64_t F, int E, const void* rows,
+                                 const void* w_gate, const void* w_up, const int32_t* ends, const float* gate, void* a,
+                                 void* h, void* up, void* stream);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,7 @@ namespace {
 
 bool covered(int64_t images, int64_t tokens, int64_t dim) {
   return is_count(images) && is_count(tokens) && (tokens == 0 || images <= kMaxRows / tokens) && dim >= 1 &&
-         dim <= kMaxBlockWidth;
+         dim <= kModulateMaxThreads * 8;
 }
 int modulate_chunks(int64_t tokens) { return static_cast<int>(ceil_div(tokens, kModulateChunk)); }
 
@@ -57,9 +57,10 @@ extern "C" int DSMOE_SYM(dsmoe_modulate_backward)(int dtype, int64_t B, int64_t 
       });
       if (status) return status;
     }
-    DSMOE_LAUNCH(add_partials<E>, dim3(static_cast<unsigned>(ceil_div(B * 2 * D, kPartialThreads))),
-                 dim3(kPartialThreads), 0, stream, static_cast<const float*>(scratch), B, modulate_chunks(T), 2,
-                 static_cast<int>(D), static_cast<E*>(dshift), static_cast<E*>(dscale));
+    const int dim = static_cast<int>(D);
+    DSMOE_LAUNCH(add_partials<E>, dim3(static_cast<unsigned>(B) * partial_blocks(2, dim)), dim3(kPartialThreads), 0,
+                 stream, static_cast<const float*>(scratch), modulate_chunks(T), 2, dim, static_cast<E*>(dshift),
+                 static_cast<E*>(dscale));
     return launch_status();
   });
 }

@@ -10,10 +10,11 @@ namespace dsmoe {
 
 constexpr float kLayerNormEps = 1e-6f;
 constexpr int kModulateChunk = 32;
-constexpr int kModulateMaxWarps = 32;
+constexpr int kModulateMaxThreads = 512;  // a group of tokens wants more than the 64 registers of 1024 threads
+constexpr int kModulateMaxWarps = kModulateMaxThreads / kWarp;
 
 template <class T>
-constexpr int kTokenGroup = sizeof(T) == 4 ? 2 : 4;  // as many rows as fit into 64 registers
+constexpr int kTokenGroup = sizeof(T) == 4 ? 2 : 4;  // the same bytes under way for each format
 
 // Sums kCount values over the threads of the block; all get the totals. The caller alternates between two buffers: a
 // thread that writes the next sums may be ahead of one that still reads these.
@@ -47,7 +48,7 @@ struct TokenChunk {
 };
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kModulateMaxThreads)
     modulate(const T* __restrict__ x, const T* __restrict__ shift, const T* __restrict__ scale, int64_t mod_stride,
              int64_t tokens, int chunks, int dim, T* __restrict__ y, float* __restrict__ mean_out,
              float* __restrict__ rstd_out) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(1024)
 // With z the normalised token and g = dy (1 + scale): dx = rstd (g - mean(g) - z mean(g z)); dshift = sum dy,
 // dscale = sum dy z over the tokens of the image, as partial [images, chunks, 2, dim].
 template <class T, bool kVector>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kModulateMaxThreads)
     modulate_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ scale,
                       int64_t mod_stride, const float* __restrict__ mean, const float* __restrict__ rstd,
                       int64_t tokens, int chunks, int dim, T* __restrict__ dx, float* __restrict__ partial) {

@@ -81,7 +81,8 @@ extern "C" int DSMOE_SYM(dsmoe_route)(int dtype, int64_t N, int64_t D, int E, in
       using T = typename decltype(type)::type;
       return by_flag(vector_access(D, D, x, weight), [&](auto vector) {
         return by_padded_experts(E, [&](auto padded) {
-          return launch_choice<T, decltype(padded)::value, decltype(vector)::value>(x, weight, bias, shape, out, stream);
+          constexpr int kPadded = decltype(padded)::value;
+          return launch_choice<T, kPadded, decltype(vector)::value>(x, weight, bias, shape, out, stream);
         });
       });
     });
@@ -89,7 +90,8 @@ extern "C" int DSMOE_SYM(dsmoe_route)(int dtype, int64_t N, int64_t D, int E, in
   }
   DSMOE_LAUNCH(route_scan, dim3(E), dim3(kScanThreads), 0, stream, own.block_counts, own.block_sums, blocks,
                own.block_base, counts, prob_sum);
-  const unsigned rank_blocks = blocks ? static_cast<unsigned>(ceil_div(blocks, kRouteWarps)) : 1;  // ends, without tokens
+  // Without tokens one block still writes ends.
+  const unsigned rank_blocks = blocks ? static_cast<unsigned>(ceil_div(blocks, kRouteWarps)) : 1;
   DSMOE_LAUNCH(route_rank, dim3(rank_blocks), dim3(kRouteWarps * kWarp), 0, stream, indices, own.block_base, counts,
                N * k, E, k, blocks, position, order, ends);
   return launch_status();

@@ -84,7 +84,8 @@ __device__ __forceinline__ float from_order_key(unsigned key) {
 
 // Softmax of the token's logits in place; returns their logsumexp. As in torch, one NaN or +Inf makes all of them NaN.
 template <int kPadded>
-__device__ __forceinline__ float softmax(float (&p)[Segments<kPadded>::values], const Segments<kPadded>& at, int experts) {
+__device__ __forceinline__ float softmax(float (&p)[Segments<kPadded>::values], const Segments<kPadded>& at,
+                                         int experts) {
   using S = Segments<kPadded>;
   unsigned key = 0;
 #pragma unroll

@@ -1,5 +1,5 @@
-// From the chosen experts to the expert-contiguous order: a stable counting sort without atomics. The routing kernel has
-// counted each block of 64 tokens; a scan over blocks and a ranking within each give every slot its row.
+// From the chosen experts to the expert-contiguous order: a stable counting sort without atomics. The routing kernel
+// has counted each block of 64 tokens; a scan over blocks and a ranking within each give every slot its row.
 #pragma once
 #include "reduce.cuh"
 #include "route_choose.cuh"

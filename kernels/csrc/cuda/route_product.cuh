@@ -1,8 +1,8 @@
 // The router's product x[N,D] weight[E,D]^T in float32, followed in the same kernel by route_choose.cuh.
 //
-// Two forms. Resident: up to 16 experts; all weights lie in shared memory and the lanes of a warp split a row of x, so x
-// is read once at memory speed. Tiled: more experts, or weights that do not fit; a 64 x E matrix product over slices of
-// 32 columns, because with E accumulators for each token the resident form would be bound by shared-memory reads.
+// Two forms. Resident: up to 16 experts; all weights lie in shared memory and the lanes of a warp split a row of x, so
+// x is read once at memory speed. Tiled: more experts, or weights that do not fit; a 64 x E matrix product over slices
+// of 32 columns, because with E accumulators for each token the resident form would be bound by shared-memory reads.
 #pragma once
 #include "numbers.cuh"
 #include "route_choose.cuh"
@@ -16,15 +16,16 @@ inline __host__ __device__ int resident_row_floats(int dim) {
   return (dim + kTurnColumns - 1) / kTurnColumns * kTurnColumns;
 }
 
-// Weights to shared memory [kPadded, turns, 2, 32 lanes, 4]: each lane finds its 8 columns of a turn as two float4 that
-// lie 16 bytes apart from its neighbour's, without bank conflicts. Columns and experts that do not exist are 0.
+// Weights to shared memory [kPadded, turns, 2, 32 lanes, 4]: each lane finds its 8 columns of a turn as two float4
+// that lie 16 bytes apart from its neighbour's, without bank conflicts. Columns and experts that do not exist are 0.
 template <class T, int kPadded, bool kVector>
-__device__ __forceinline__ void load_resident_weights(const T* weight, const RouteShape& shape, int turns, float* shared) {
+__device__ __forceinline__ void load_resident_weights(const T* weight, const RouteShape& shape, int turns,
+                                                      float* shared) {
   for (int i = threadIdx.x; i < kPadded * turns * kWarp; i += kRouteThreads) {
     const int lane = i % kWarp, turn = i / kWarp % turns, e = i / kWarp / turns;
     float w[8] = {};
-    if (e < shape.experts)
-      load8<T, kVector>(weight + static_cast<int64_t>(e) * shape.dim, Columns<kVector>(lane, kWarp, turn), shape.dim, w);
+    const Columns<kVector> columns(lane, kWarp, turn);
+    if (e < shape.experts) load8<T, kVector>(weight + static_cast<int64_t>(e) * shape.dim, columns, shape.dim, w);
     float4* into = reinterpret_cast<float4*>(shared + (e * turns + turn) * kTurnColumns) + lane;
     into[0] = make_float4(w[0], w[1], w[2], w[3]);
     into[kWarp] = make_float4(w[4], w[5], w[6], w[7]);

@@ -103,9 +103,10 @@ extern "C" int DSMOE_SYM(dsmoe_sum_rows_backward)(int dtype, int dout_dtype, int
       if (status) return status;
     }
     if (!dada_gate || D == 0) return 0;
-    DSMOE_LAUNCH(add_partials<T>, dim3(static_cast<unsigned>(ceil_div(images * D, kPartialThreads))),
-                 dim3(kPartialThreads), 0, stream, static_cast<const float*>(scratch), images, chunks, 1,
-                 static_cast<int>(D), static_cast<T*>(dada_gate), static_cast<T*>(nullptr));
+    const int dim = static_cast<int>(D);
+    DSMOE_LAUNCH(add_partials<T>, dim3(static_cast<unsigned>(images) * partial_blocks(1, dim)), dim3(kPartialThreads),
+                 0, stream, static_cast<const float*>(scratch), chunks, 1, dim, static_cast<T*>(dada_gate),
+                 static_cast<T*>(nullptr));
     return launch_status();
   });
 }

@@ -8,7 +8,7 @@ namespace dsmoe {
 constexpr int kRowThreads = 256;  // of the kernels with a warp for each row
 constexpr int kRowWarps = kRowThreads / kWarp;
 
-// rows[r] = x[order[r] / k]: a warp for each row.
+// rows[r] = x[order[r] / k]: a warp for each row. Slots and tokens fit 32 bits, whose division needs no subroutine.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kRowThreads)
     gather_rows(const T* __restrict__ x, const int64_t* __restrict__ order, int64_t rows, int dim, int k,
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int lane = threadIdx.x % kWarp;
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
   if (r >= rows) return;
-  const T* from = x + order[r] / k * dim;
+  const T* from = x + static_cast<int64_t>(static_cast<unsigned>(order[r]) / static_cast<unsigned>(k)) * dim;
   T* into = out + r * dim;
 #pragma unroll 4
   for (int turn = 0; turn * kWarp * 8 < dim; turn++) {
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kRowThreads)
     row[j] = in.rows + in.position[n * kChoices + j] * dim;
     gate[j] = in.gates ? in.gates[n * kChoices + j] : 1.f;
   }
-  const T* ada_gate = in.ada_gate ? in.ada_gate + n / in.tokens_per_image * in.ada_stride : nullptr;
+  const unsigned image = static_cast<unsigned>(n) / static_cast<unsigned>(in.tokens_per_image);
+  const T* ada_gate = in.ada_gate ? in.ada_gate + image * in.ada_stride : nullptr;
 #pragma unroll 2
   for (int turn = 0; turn * kWarp * 8 < dim; turn++) {
     const Columns<kVector> columns(lane, kWarp, turn);

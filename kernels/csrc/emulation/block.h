@@ -193,8 +193,8 @@ inline uint64_t next_random(uint64_t& state) {
   return state;
 }
 
-// schedule 0 and 2: in order; 1: reversed; from 3 on: shuffled by that seed. In even ones from 2 on, one warp runs ahead of
-// the others as far as it can (to the next barrier of the block); else the threads take turns at every shuffle too.
+// schedule 0 and 2: in order; 1: reversed; from 3 on: shuffled by that seed. In even ones from 2 on, one warp runs ahead
+// of the others as far as it can (to the next barrier of the block); else threads take turns at every shuffle too.
 inline void fill_order(std::vector<int>& order, int n, int schedule, uint64_t salt) {
   order.resize(n);
   for (int i = 0; i < n; i++) order[i] = schedule == 1 ? n - 1 - i : i;

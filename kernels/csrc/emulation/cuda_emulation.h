@@ -1,7 +1,7 @@
 // Compiles CUDA kernel source with g++ and runs it on the CPU; takes the place of cuda_runtime.h when nvcc is absent.
 //
-// A fiber per CUDA thread (fiber.h), barriers and shuffles as rendezvous (block.h, warp.h), one OS thread per block that
-// runs. C++17, no dependency. Not modelled: time, the memory order between threads of a block beyond barriers, bank
+// A fiber per CUDA thread (fiber.h), barriers and shuffles as rendezvous (block.h, warp.h), one OS thread per block
+// that runs. C++17, no dependency. Not modelled: time, the memory order between threads of a block beyond barriers, bank
 // conflicts, register limits, cooperation between blocks.
 #pragma once
 #include <atomic>
@@ -50,7 +50,7 @@ void launch(dim3 grid, dim3 threads, size_t dynamic_bytes, const Body& body) {
   const size_t per_block = static_cast<size_t>(threads.x) * threads.y * threads.z;
   block_index = {0, 0, 0};
   if (!blocks || grid.y > 65535 || grid.z > 65535) stop("a grid that the device refuses");
-  if (!per_block || per_block > kMaxThreads || per_block % kWarpSize) stop("a block size that is not 32 to 1024 in 32s");
+  if (!per_block || per_block > kMaxThreads || per_block % kWarpSize) stop("a block size other than 32 to 1024 in 32s");
   if (dynamic_bytes > kMaxDynamicShared) stop("more dynamic shared memory than a block may have");
   std::vector<int> order;
   fill_order(order, static_cast<int>(blocks), settings.schedule, blocks);
