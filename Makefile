@@ -1,4 +1,4 @@
-# Targets: env, quickstart, test, test-full, lint, clean. DSMOE_VENV chooses the environment's folder (default .venv).
+# Targets: env, kernels, quickstart, test, test-full, lint, clean. DSMOE_VENV chooses the environment's folder (default .venv).
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -22,10 +22,14 @@ ON_CPU := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
 UNIT_SECONDS ?= 480
 DISTRIBUTED_SECONDS ?= 540
 
-.PHONY: help env quickstart test test-full lint clean
+# The compiled operations; KERNELS=--no-cuda leaves the GPU part out, which is most of the time.
+KERNELS ?=
+
+.PHONY: help env kernels quickstart test test-full lint clean
 
 help:
 	@echo "make env         make or renew the environment in $(VENV)"
+	@echo "make kernels     build the compiled operations (CPU always, GPU where nvcc is): faster, same results"
 	@echo "make quickstart  train the small default recipe on this machine, then say where everything lies"
 	@echo "make test        all tests that this machine can run"
 	@echo "make test-full   what takes too long for every change: invariance, layout changes, 100 kills, memory (about 50 minutes)"
@@ -44,6 +48,9 @@ $(STAMP):
 	@rm -f $(VENV)/.dsmoe-*
 	@touch $@
 
+kernels: env
+	$(PY) kernels/build.py $(KERNELS)
+
 quickstart: env
 	$(ON_CPU) OMP_NUM_THREADS=$(shell echo $$(( $(CORES) / $(RANKS) > 0 ? $(CORES) / $(RANKS) : 1 ))) \
 	PATH="$(abspath $(VENV))/bin:$$PATH" deepspeed --num_gpus $(RANKS) launchers/pretrain.py \
@@ -51,6 +58,7 @@ quickstart: env
 
 # Both groups run, also when the first fails. --foreground lets Ctrl-C reach pytest.
 test: env
+	@$(PY) kernels/build.py --no-cuda --optional
 	@status=0; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}; \
 	timeout --foreground -s INT -k 30 $(UNIT_SECONDS) $(PY) -m pytest -q -m "not distributed" </dev/null || status=$$?; \
 	timeout --foreground -s INT -k 30 $(DISTRIBUTED_SECONDS) $(PY) -m pytest -q -m distributed </dev/null || status=$$?; \

@@ -74,7 +74,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if arguments.deepspeed_config:
         ops.prefer(load_policy(arguments.deepspeed_config).block.ops, Device.pick().kind)
-    _print_table([("dsmoe", __version__), *report(ops.implementations, measure=not arguments.no_measure)])
+    _print_table([("dsmoe", __version__), *report(ops.implementations, ops.kernels(), not arguments.no_measure)])
     return 0
 
 

@@ -30,10 +30,13 @@ OpChoice = tuple[str, str, tuple[str, ...]]
 _NOT_FOUND = "not found"
 
 
-def report(implementations: Callable[[str], Iterable[OpChoice]], measure: bool = True) -> list[tuple[str, str]]:
+def report(
+    implementations: Callable[[str], Iterable[OpChoice]], kernels: str, measure: bool = True
+) -> list[tuple[str, str]]:
     """Lines (topic, finding) about Python, torch, devices, packages, compilers, operations and the extension cache.
 
     implementations: device kind -> the choice for each operation; `dsmoe.ops.implementations`, a floor above this one.
+    kernels: state of the compiled operations; `dsmoe.ops.kernels()`.
     measure: also time a matrix product on each device (0.3 s each).
     """
     lines = [
@@ -47,6 +50,7 @@ def report(implementations: Callable[[str], Iterable[OpChoice]], measure: bool =
     lines += [
         (label, _command(command)) for label, command in (("compiler", "g++"), ("nvcc", "nvcc"), ("ninja", "ninja"))
     ]
+    lines.append(("kernels", kernels))
     for name, chosen, available in implementations(devices[0].kind):
         lines.append((f"op {name}", f"{chosen} (of {', '.join(available)})"))
     cache = extension_cache.folder(os.environ)

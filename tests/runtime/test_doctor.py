@@ -11,7 +11,7 @@ OPS = {"cpu": [("route", "native", ("native", "reference"))]}
 
 
 def _report(**kwargs) -> dict[str, str]:
-    return dict(doctor.report(lambda kind: OPS.get(kind, []), **kwargs))
+    return dict(doctor.report(lambda kind: OPS.get(kind, []), "of these sources", **kwargs))
 
 
 def test_packages_that_are_there_and_that_are_not(monkeypatch):
@@ -29,6 +29,7 @@ def test_packages_that_are_there_and_that_are_not(monkeypatch):
 
 def test_ops_of_the_device_that_would_be_used(monkeypatch):
     monkeypatch.setattr(doctor, "gpu_count", lambda: 0)
+    assert _report(measure=False)["kernels"] == "of these sources"
     assert _report(measure=False)["op route"] == "native (of native, reference)"
 
 
