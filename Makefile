@@ -21,6 +21,7 @@ ON_CPU := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
 # Seconds after which a test group is interrupted; pytest then still prints its summary.
 UNIT_SECONDS ?= 480
 DISTRIBUTED_SECONDS ?= 540
+KERNEL_SECONDS ?= 420
 
 # The compiled operations; KERNELS=--no-cuda leaves the GPU part out, which is most of the time.
 KERNELS ?=
@@ -56,12 +57,14 @@ quickstart: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" deepspeed --num_gpus $(RANKS) launchers/pretrain.py \
 	    --deepspeed_config ds_configs/quickstart.json
 
-# Both groups run, also when the first fails. --foreground lets Ctrl-C reach pytest.
+# All groups run, also when one fails. --foreground lets Ctrl-C reach pytest.
+PYTEST = timeout --foreground -s INT -k 30 $(1) $(PY) -m pytest -q $(2) </dev/null || status=$$?
 test: env
 	@$(PY) kernels/build.py --no-cuda --optional
 	@status=0; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}; \
-	timeout --foreground -s INT -k 30 $(UNIT_SECONDS) $(PY) -m pytest -q -m "not distributed" </dev/null || status=$$?; \
-	timeout --foreground -s INT -k 30 $(DISTRIBUTED_SECONDS) $(PY) -m pytest -q -m distributed </dev/null || status=$$?; \
+	$(call PYTEST,$(UNIT_SECONDS),-m "not distributed" --ignore=tests/kernels); \
+	$(call PYTEST,$(DISTRIBUTED_SECONDS),-m distributed); \
+	$(call PYTEST,$(KERNEL_SECONDS),tests/kernels); \
 	exit $$status
 
 # What does not fit into `make test`. Each goes on where it was when started again; results lie in .test-full.
