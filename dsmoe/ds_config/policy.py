@@ -137,11 +137,10 @@ def load_policy(path: str) -> EnginePolicy:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     zero = _zero_block(path, tree)
-    if zero["stage"] and tree.get("prescale_gradients") is True:
-        _fail(
-            path,
-            f"'prescale_gradients' is true, which DeepSpeed has at stage 0 alone, not at {zero['stage']}; drop it.",
-        )
+    for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if zero["stage"] and tree.get(key, usual) != usual:
+            stage, value = zero["stage"], json.dumps(tree[key])
+            _fail(path, f"{key!r} is {value}, which DeepSpeed has at ZeRO stage 0 alone, not at {stage}; drop it.")
     stated = _batch_number(path, tree, "train_batch_size")
     return EnginePolicy(
         path=str(path),

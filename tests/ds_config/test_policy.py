@@ -233,6 +233,7 @@ REFUSED = [
     ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, ("compute_grad_norm'", "logged", "drop it")),
     ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ("cpu_offload'", '"offload_optimizer"')),
     ({"zero_optimization": {"stage": 2}, "prescale_gradients": True}, ("'prescale_gradients' is true", "not at 2")),
+    ({"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2}, ("predivide_factor' is 2", "not at 3")),
     # Offload.
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
