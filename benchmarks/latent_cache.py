@@ -127,9 +127,11 @@ def document(text: str, options: argparse.Namespace) -> str:
 
 `python benchmarks/latent_cache.py --photos FOLDER --taesd FOLDER`, commit {commit}, Python {platform.python_version()},
 torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs ({cpus[0].split(":")[1].strip()}),
-no GPU; load average over the last minute {os.getloadavg()[0]:.1f} (2 is this benchmark alone). 800 ImageNet photos at {options.resolution} px through TAESD, float32, both views; micro-batches of {BATCH} in
-training order; {TURNS} pairs of turns of {TURN_BATCHES} batches, no loader process. From images is decode, crop, mirror
-and encode, as codec.cache=none does in each step; from the cache is a read of mapped files, which lay in memory.
+no GPU; load average over the last minute {os.getloadavg()[0]:.1f} (this benchmark alone makes at most
+{torch.get_num_threads()}). 800 ImageNet photos at {options.resolution} px through TAESD, float32, both views;
+micro-batches of {BATCH} in training order; {TURNS} pairs of turns of {TURN_BATCHES} batches, no loader process. From
+images is decode, crop, mirror and encode, as codec.cache=none does in each step; from the cache is a read of mapped
+files, which lay in memory.
 
 {text}
 """
