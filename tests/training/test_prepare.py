@@ -31,6 +31,15 @@ def test_a_precision_that_the_device_lacks_is_refused(tmp_path, monkeypatch):
         prepare(command, discover({}))
 
 
+@pytest.mark.parametrize("change", ["model.conditions=1", "model.tasks=2"])
+def test_a_perception_model_is_not_trained_on_classes(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE_FILE)
+    engine = config(tmp_path, zero_optimization={"stage": 1})
+    with pytest.raises(ConfigError, match="belong to perception"):
+        prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml", change], ""), discover({}))
+
+
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
@@ -57,15 +66,6 @@ def test_the_plan_says_what_is_predicted_and_how_it_is_noised(tmp_path, monkeypa
     engine = config(tmp_path, zero_optimization={"stage": 1})
     plan = prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml", *changes], ""), discover({})).plan
     assert [plan.schedule[key] for key in ("objective", "noise schedule", "noising")] == lines
-
-
-@pytest.mark.parametrize("change", ["model.conditions=1", "model.tasks=2"])
-def test_a_perception_model_is_not_trained_on_classes(tmp_path, monkeypatch, change):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.yaml").write_text(RECIPE_FILE)
-    engine = config(tmp_path, zero_optimization={"stage": 1})
-    with pytest.raises(ConfigError, match="belong to perception"):
-        prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml", change], ""), discover({}))
 
 
 def test_the_plan_counts_the_memory_of_its_layout(tmp_path, monkeypatch):
