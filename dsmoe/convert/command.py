@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dsmoe.base.plan import Plan
-from dsmoe.checkpoint.manifest import digest
+from dsmoe.codec.files import file_sha256
 from dsmoe.convert import diffusers
 from dsmoe.convert.class_names import read_class_names
 from dsmoe.convert.incoming import Incoming, Request, take_in
@@ -69,5 +69,5 @@ def _channels(plan: Plan) -> str:
 
 def _written(target: Path, form: str) -> list[tuple[str, str]]:
     file = target / diffusers.WEIGHTS_FILE if form == "diffusers" else target
-    found = digest(file)
-    return [("written", f"{target} ({form}), {found['bytes'] / 2**20:,.1f} MiB"), ("sha256", found["sha256"])]
+    size = file.stat().st_size / 2**20
+    return [("written", f"{target} ({form}), {size:,.1f} MiB"), ("sha256", file_sha256(file))]

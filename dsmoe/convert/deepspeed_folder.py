@@ -73,8 +73,13 @@ def deepspeed_source(step: Path, *, inert: bool) -> tuple[Source, int, str]:
 
     inert: as for pickled.load; ZeRO's optimizer files, which hold the masters, name DeepSpeed's classes.
     """
-    folder = _Folder(step, inert)
-    tensors = dict(folder.tensors())
+    try:
+        folder = _Folder(step, inert)
+        tensors = dict(folder.tensors())
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{step} is not laid out as DeepSpeed writes it ({type(error).__name__}: {error}); restore it from a copy."
+        ) from error
 
     def reader() -> Read:
         opened = _Files(inert)

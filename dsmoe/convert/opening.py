@@ -3,6 +3,7 @@
 Gives named tensors and what came with them; which model they are is `recognise`'s question.
 """
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Mapping
@@ -54,9 +55,12 @@ def open_weights(path: Path, kind: str | None, *, trust_pickle: bool) -> Opened:
     kind: which of several weights that lie there (model, or an average's name); None: the average, if there is one.
     trust_pickle: as `inert` of pickled.load.
     """
-    if not path.exists():
-        raise CheckpointError(f"checkpoint {path} does not exist; give a file or folder that does.")
-    opened = _folder(path, kind, trust_pickle) if path.is_dir() else _file(path, kind, trust_pickle)
+    try:
+        if not path.exists():
+            raise CheckpointError(f"checkpoint {path} does not exist; give a file or folder that does.")
+        opened = _folder(path, kind, trust_pickle) if path.is_dir() else _file(path, kind, trust_pickle)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror or error}); give another.") from error
     return _without_prefixes(opened)
 
 
@@ -66,7 +70,7 @@ def _without_prefixes(opened: Opened) -> Opened:
         if names and all(name.startswith(prefix) for name in names):
             tensors = opened.tensors.renamed({name.removeprefix(prefix): name for name in names})
             note = f"every name began with {prefix!r}, which was taken off"
-            opened = Opened(**{**opened.__dict__, "tensors": tensors, "notes": (*opened.notes, note)})
+            opened = dataclasses.replace(opened, tensors=tensors, notes=(*opened.notes, note))
     return opened
 
 

@@ -167,6 +167,11 @@ def _check_ops(policy: EnginePolicy, device: Device) -> None:
 
 def _model_facts(recipe: Recipe, codec: Codec, dataset: ImageDataset | LatentCache) -> ModelFacts:
     """The model's sizes."""
+    if recipe.model.conditions or recipe.model.tasks:
+        raise ConfigError(
+            f"model.conditions is {recipe.model.conditions} and model.tasks {recipe.model.tasks}; they belong to "
+            "perception, and a model that draws images from classes has 0 of both."
+        )
     resolution, patch = recipe.data.resolution, recipe.model.patch
     unit = codec.factor * patch
     if resolution % unit or resolution % codec.image_multiple:

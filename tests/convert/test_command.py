@@ -128,6 +128,7 @@ MISTAKES = [
     (["{dit}", "{dir}/o.pt", "--label-map", "{dir}/none.txt", "--from", "dit"], "--label-map"),
     (["{dit}", "{dir}/o.pt", "--codec", "kl-small", "--from", "dit", "--heads", "2", "--codec-path", "x"], "x"),
     (["{dir}/none.pt", "{dir}/o.pt"], "does not exist"),
+    (["x" * 300, "{dir}/o.pt"], "File name too long"),
     (["{dir}", "{dir}/o.pt"], "holds no weights"),
     (["{dit}", "{dir}/no/such/o.pt", "--from", "dit", "--heads", "2"], "cannot be written"),
     (["{dir}/text", "{dir}/o.pt"], "neither a torch file nor safetensors"),

@@ -92,6 +92,10 @@ def test_an_incomplete_or_mixed_folder_is_named(copied):
     other.unlink()
     with pytest.raises(CheckpointError, match="written by 2 ranks and holds 1"):
         deepspeed_source(step, inert=True)
+    torch.save({"module": {}, "param_shapes": 3}, step / "mp_rank_00_model_states.pt")
+    shutil.copy(step / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", other)
+    with pytest.raises(CheckpointError, match="not laid out as DeepSpeed writes it"):
+        deepspeed_source(step, inert=True)
     (copied / "latest").write_text("../elsewhere")
     with pytest.raises(CheckpointError, match="no folder beside it"):
         find_step(copied)

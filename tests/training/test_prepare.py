@@ -25,6 +25,15 @@ def config(tmp_path, **content):
     return str(path)
 
 
+@pytest.mark.parametrize("change", ["model.conditions=1", "model.tasks=2"])
+def test_a_perception_model_is_not_trained_on_classes(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE_FILE)
+    engine = config(tmp_path, zero_optimization={"stage": 1})
+    with pytest.raises(ConfigError, match="belong to perception"):
+        prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml", change], ""), discover({}))
+
+
 def test_a_precision_that_the_device_lacks_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(RECIPE_FILE)
