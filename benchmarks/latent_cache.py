@@ -33,7 +33,7 @@ from dsmoe.preprocess.disk import DiskLatents, training_images
 from dsmoe.preprocess.memory import LatentBatch, posterior_of
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, TURNS, TURN_BATCHES = 32, 5, 8
+BATCH, TURNS, TURN_BATCHES = 32, 5, 3
 
 
 class Turn(NamedTuple):
