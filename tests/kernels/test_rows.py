@@ -150,7 +150,7 @@ def test_unaligned_pointers_give_the_same(kernels: Kernels, library, dtype):
 def test_element_offsets_beyond_32_bits(kernels: Kernels):
     """Rows that start past element 2^31 of a tensor, of which only these rows have memory."""
     n, d, first = 4, 1024, 2**21 + 1
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     far = torch.frombuffer(mmap.mmap(-1, (first + 2 * n) * d * 2, flags=flags), dtype=BF16).view(-1, d)
     far[first:] = torch.randn(2 * n, d).to(BF16)
     position = torch.arange(first, first + 2 * n).view(n, 2)
