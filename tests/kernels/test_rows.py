@@ -1,5 +1,7 @@
 """gather_rows, sum_rows in all its forms, and their backward."""
 
+import mmap
+
 import pytest
 import torch
 from calls import Kernels
@@ -143,6 +145,30 @@ def test_unaligned_pointers_give_the_same(kernels: Kernels, library, dtype):
     assert off.sum_rows(moved(m["rows"]), m["position"], dtype, **args)["out"].equal(
         kernels.sum_rows(m["rows"], m["position"], dtype, **args)["out"]
     )
+
+
+def test_element_offsets_beyond_32_bits(kernels: Kernels):
+    """Rows that start past element 2^31 of a tensor, of which only these rows have memory."""
+    n, d, first = 4, 1024, 2**21 + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    far = torch.frombuffer(mmap.mmap(-1, (first + 2 * n) * d * 2, flags=flags), dtype=BF16).view(-1, d)
+    far[first:] = torch.randn(2 * n, d).to(BF16)
+    position = torch.arange(first, first + 2 * n).view(n, 2)
+    out = kernels.sum_rows(far, position, F32)["out"]
+    assert_close("out", out, far[position].double().sum(1), far[position].float().sum(1))
+
+    gathered = torch.empty(2 * n, d, dtype=BF16)
+    slots = 2 * torch.arange(first, first + 2 * n)
+    assert kernels.library.call("gather_rows", 1, n, d, 2, far, slots, gathered, None) == 0
+    assert gathered.equal(far[first:])
+
+    dout = torch.randn(n, d).to(BF16)
+    nothing = [None] * 4
+    status = kernels.library.call(
+        "sum_rows_backward", 1, 1, n, d, 2, 1, dout, None, position, None, None, None, 0, far, *nothing, None
+    )
+    assert status == 0
+    assert far[position].equal(dout[:, None].expand(n, 2, d))
 
 
 def test_what_is_not_covered_is_refused(library):
