@@ -1,7 +1,7 @@
 """One MoE layer, forward and backward: ours against what one would use instead, paired in one run.
 
-    python benchmarks/moe_layer.py [--device cpu|cuda] [--dims 64 128 384] [--tokens 512 2048] [--dtypes float32 bfloat16]
-        [--rounds 15] [--threads 1] [--no-memory] [--write benchmarks/results/NAME]
+    python benchmarks/moe_layer.py [--device cpu|cuda] [--dims 64 128 384] [--tokens 512 2048]
+        [--dtypes float32 bfloat16] [--rounds 15] [--threads 1] [--no-memory] [--write benchmarks/results/NAME]
 
 Eight SwiGLU experts of hidden size 4D, two choices a token, a shared expert of 2D. Ours is dsmoe.moe.MoE as it trains,
 with its balance losses and statistics, which the rivals do not compute. In a round every layer runs once, in an order

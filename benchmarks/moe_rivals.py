@@ -103,7 +103,7 @@ class AutoEP(Rival):
 
 
 class DeepSpeedMoE(Rival):
-    """deepspeed.moe.layer.MoE: renormalised gates and no dropping by its own rules, so other numbers; its own experts."""
+    """deepspeed.moe.layer.MoE, which renormalises its gates: other numbers, with experts of its own. Nothing dropped."""
 
     same_numbers = False
 
