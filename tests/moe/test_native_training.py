@@ -1,4 +1,4 @@
-"""Reference and compiled operations give the same training run: the invariance statement, compiled and recomputed too."""
+"""Reference and compiled operations give the same training run, compiled and recomputed too (invariance statement)."""
 
 import functools
 
