@@ -103,7 +103,7 @@ class AutoEP(Rival):
 
 
 class DeepSpeedMoE(Rival):
-    """deepspeed.moe.layer.MoE, which renormalises its gates: other numbers, with experts of its own. Nothing dropped."""
+    """deepspeed.moe.layer.MoE: renormalised gates, so other numbers; experts of its own; nothing dropped."""
 
     same_numbers = False
 
