@@ -243,6 +243,7 @@ def build_engine(
     import deepspeed
 
     ops.prefer(plan.engine.ops, device.type)
+    logging.getLogger("dsmoe").info("compiled operations: %s", ops.kernels())
     # Groups first: partitioning an expert asks for them, and without them zero.Init hangs (expert_parallelism.md 3b-3).
     deepspeed.init_distributed(dist_init_required=False)
     layer = expert_layer(plan.engine.expert_parallel_size)

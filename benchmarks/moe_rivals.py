@@ -1,0 +1,151 @@
+"""What one would write or take instead of `dsmoe.moe.MoE`: MoE layers with its weights, for benchmarks/moe_layer.py.
+
+Each takes tokens [N, D] and returns [N, D]: top-2 softmax over all experts, not renormalised, SwiGLU experts and a
+shared one. All but `deepspeed_moe` compute the same numbers.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsmoe.moe import MoE
+
+
+class Rival(nn.Module):
+    """Holds our layer's parameters; subclasses say how routed tokens are computed."""
+
+    same_numbers = True
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__()
+        self.ours, self.experts, self.k = ours, ours.experts, ours.gate.top_k
+        self.count = ours.experts.num_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs = F.linear(x.float(), self.ours.gate.weight.float()).softmax(-1)
+        gates, indices = probs.topk(self.k, dim=-1)
+        shared = self.ours.shared_experts
+        beside = F.linear(F.silu(shared.gate_proj(x)) * shared.up_proj(x), shared.down_proj.weight)
+        return self.routed(x, gates, indices) + beside
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def expert(self, rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
+
+    def by_expert(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots in expert order, their tokens' rows, and how many each expert has."""
+        flat = indices.flatten()
+        order = flat.argsort(stable=True)
+        return order, x[order // self.k], flat.bincount(minlength=self.count)
+
+
+class Loop(Rival):
+    """The per-expert loop with boolean masks over repeated tokens, as in the published DiT-MoE training code."""
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        repeated, flat = x.repeat_interleave(self.k, dim=0), indices.flatten()
+        y = torch.empty_like(repeated)
+        e = self.experts
+        for i in range(self.count):
+            mine = flat == i
+            y[mine] = self.expert(repeated[mine], e.w1[i], e.w2[i], e.w3[i])
+        return (y.view(*indices.shape, -1) * gates.to(x.dtype)[..., None]).sum(1)
+
+
+class Slices(Rival):
+    """Rows sorted by expert, a linear layer on each slice."""
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        order, rows, counts = self.by_expert(x, indices)
+        e = self.experts
+        parts = rows.split(counts.tolist())
+        y = torch.cat([self.expert(part, e.w1[i], e.w2[i], e.w3[i]) for i, part in enumerate(parts)])
+        y = y * gates.flatten()[order].to(x.dtype)[:, None]
+        return torch.zeros_like(x).index_add(0, order // self.k, y)
+
+
+class Einsum(Rival):
+    """GShard: one-hot dispatch and combine tensors, room for the busiest expert's tokens, so that none is dropped."""
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        chosen = F.one_hot(indices, self.count)  # [N, k, E]
+        flat = chosen.flatten(0, 1)
+        place = ((flat.cumsum(0) - 1) * flat).sum(-1).view(indices.shape)
+        room = int(place.max()) + 1
+        slots = F.one_hot(place, room).to(x.dtype)
+        combine = torch.einsum("nke,nkc,nk->nec", chosen.to(x.dtype), slots, gates.to(x.dtype))
+        rows = torch.einsum("nec,nd->ecd", (combine.detach() > 0).to(x.dtype), x)
+        e = self.experts
+        h = F.silu(torch.bmm(rows, e.w1.mT)) * torch.bmm(rows, e.w3.mT)
+        return torch.einsum("nec,ecd->nd", combine, torch.bmm(h, e.w2.mT))
+
+
+class AutoEP(Rival):
+    """DeepSpeed's AutoEP experts (deepspeed.moe.ep_experts.GroupedExperts) between sorted rows and a weighted sum."""
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        from deepspeed.moe.ep_experts import GroupedExperts
+
+        e = ours.experts
+        self.grouped = GroupedExperts(e.w1.shape[2], e.w1.shape[1], self.count)
+        self.grouped.w1, self.grouped.w2, self.grouped.w3 = e.w1, e.w2, e.w3
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        order, rows, counts = self.by_expert(x, indices)
+        y = self.grouped(rows, counts)
+        y = y * gates.flatten()[order].to(x.dtype)[:, None]
+        return torch.zeros_like(x).index_add(0, order // self.k, y)
+
+
+class DeepSpeedMoE(Rival):
+    """deepspeed.moe.layer.MoE: renormalised gates, so other numbers; experts of its own; nothing dropped."""
+
+    same_numbers = False
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        from deepspeed.moe.layer import MoE as Theirs
+
+        d, f = ours.experts.w1.shape[2], ours.experts.w1.shape[1]
+        self.layer = Theirs(
+            d, _Swiglu(d, f), num_experts=self.count, k=self.k, drop_tokens=False, top2_2nd_expert_sampling=False
+        )
+        self.layer.set_deepspeed_parallelism()
+        self.layer.to(ours.experts.w1.dtype)
+        self.layer.deepspeed_moe.gate.wg.float()
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class _Swiglu(nn.Module):
+    def __init__(self, d: int, f: int) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (
+            nn.Linear(d, f, bias=False),
+            nn.Linear(f, d, bias=False),
+            nn.Linear(d, f, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+RIVALS = {
+    "per-expert loop": Loop,
+    "sorted slices": Slices,
+    "GShard einsum": Einsum,
+    "DeepSpeed MoE": DeepSpeedMoE,
+    "AutoEP": AutoEP,
+}
+
+
+def agree(y: Tensor, truth: Tensor) -> bool:
+    """Whether two layers computed the same, up to rounding in their dtype."""
+    allowed = 20 * torch.finfo(y.dtype).eps * math.sqrt(y.shape[-1])
+    return bool((y - truth).norm() <= allowed * truth.norm())
