@@ -6,15 +6,15 @@ from pathlib import Path
 from dsmoe.base.plan import Plan
 from dsmoe.codec.files import file_sha256
 from dsmoe.convert import diffusers
-from dsmoe.convert.class_names import read_class_names
 from dsmoe.convert.incoming import Incoming, Request, take_in
 from dsmoe.convert.outgoing import choose_target, write
+from dsmoe.data.label_map import names_of
 from dsmoe.diffusion import make_objective
 
 
 def run(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Convert as the options of options.add_arguments say; the report's rows. UserError for the user's mistakes."""
-    names = read_class_names(options.label_map) if options.label_map is not None else None
+    names = names_of(options.label_map) if options.label_map is not None else None
     incoming = take_in(options.source, Request.of(options, names))
     form = choose_target(incoming, options.target, options.to)
     said = write(incoming, options.target, form, dtype=options.dtype, drop_selection_bias=options.drop_selection_bias)

@@ -19,12 +19,12 @@ from dsmoe.base.plan import Plan
 from dsmoe.checkpoint.weights import Weights, new_model
 from dsmoe.codec import build as build_codec
 from dsmoe.convert import diffusers
-from dsmoe.convert.class_names import read_class_names
 from dsmoe.convert.conventions import Setting, check_names, published_plan, sd_provenance, settle
 from dsmoe.convert.keys import POSITION_KEY, Make, check, check_position, read_published
 from dsmoe.convert.opening import Opened, open_weights
 from dsmoe.convert.recognise import Given, Recognised, recognise
 from dsmoe.convert.source import Source, derived
+from dsmoe.data.label_map import names_of
 from dsmoe.runtime.device import Device
 
 BIAS_SUFFIX = ".moe.selection_bias"
@@ -97,7 +97,7 @@ def take_in(path: Path, request: Request) -> Incoming:
 def read(path: Path, options: argparse.Namespace) -> tuple[Path, Weights]:
     """Weights of any origin for a model on this machine, with the path they lie at, under the options of
     options.add_reading_options; CheckpointError when this host could not hold them twice."""
-    names = read_class_names(options.label_map) if options.label_map is not None else None
+    names = names_of(options.label_map) if options.label_map is not None else None
     incoming = take_in(path, Request.of(options, names))
     needed = 2 * sum(t.numel() * torch.float32.itemsize for t in incoming.state.outline.values())
     have = Device("cpu").total_memory_bytes()

@@ -1,8 +1,8 @@
 """From the labels that stand in the data (folder names, wnids, numbers) to class numbers and names for people.
 
 A label map is a text file, `CLASS [NAME...]` a line in the order of the class numbers (ImageNet's synset lists), or
-JSON: {class: number} or {number: [class, name]}. For a flat folder it says the class of each file instead: text,
-`FILE CLASS` a line, or JSON {file: class}. Not here: where the labels stand (the data sets).
+JSON: [class, ...], {class: number} or {number: [class, name]}. For a flat folder it says the class of each file instead:
+text, `FILE CLASS` a line, or JSON {file: class}. Not here: where the labels stand (the data sets).
 """
 
 import json
@@ -70,6 +70,12 @@ def classes_of(labels: Sequence[str], where: str, label_map: str | None = None, 
     return Classes(_distinct(names, keys) if len(names) == total else tuple(keys), numbers.astype(np.int32))
 
 
+def names_of(label_map: str) -> tuple[str, ...]:
+    """Names by class number of a label map of classes, distinct, the first of synonyms. DataError when it is none."""
+    keys, names = _read_classes(Path(label_map))
+    return _distinct(names, keys)
+
+
 def read_file_map(path: str) -> dict[str, str]:
     """File name, with or without its ending, to class: the label map of a flat folder. DataError when it is none."""
     content = _load(Path(path))
@@ -87,19 +93,19 @@ def _read_classes(path: Path) -> tuple[list[str], list[str]]:
     elif all(isinstance(entry, list) and len(entry) == 2 for entry in content.values()):
         entries = [content.get(str(n)) for n in range(len(content))]
         if None in entries:
-            raise DataError(f"data.label_map {str(path)!r} lacks number {entries.index(None)}; {_WANT}.")
+            raise DataError(f"label map {str(path)!r} lacks number {entries.index(None)}; {_WANT}.")
         keys, names = ([str(entry[side]) for entry in entries] for side in (0, 1))
     else:
         values = list(content.values())
         if any(type(n) is not int for n in values) or sorted(values) != list(range(len(values))):
             raise DataError(
-                f"data.label_map {str(path)!r} does not number its {len(values)} classes from 0 to {len(values) - 1}, "
+                f"label map {str(path)!r} does not number its {len(values)} classes from 0 to {len(values) - 1}, "
                 f"each once; {_WANT}."
             )
         keys = sorted(content, key=content.__getitem__)
         names = keys
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        raise DataError(f"data.label_map {str(path)!r} lists {_listed(twice)} more than once; {_WANT}.")
+        raise DataError(f"label map {str(path)!r} lists {_listed(twice)} more than once; {_WANT}.")
     return keys, names
 
 
@@ -109,14 +115,16 @@ def _load(path: Path) -> dict | list[tuple[str, str]]:
         text = path.expanduser().read_text(encoding="utf-8")
         content = json.loads(text) if text.lstrip().startswith(("{", "[")) else None
     except OSError as error:
-        raise DataError(f"cannot read data.label_map {str(path)!r}: {error.strerror}; give a label map.") from error
+        raise DataError(f"cannot read label map {str(path)!r}: {error.strerror}; give a label map.") from error
     except ValueError as error:
-        raise DataError(f"data.label_map {str(path)!r} is neither text nor JSON ({error}); {_WANT}.") from error
+        raise DataError(f"label map {str(path)!r} is neither text nor JSON ({error}); {_WANT}.") from error
+    if isinstance(content, list) and all(isinstance(name, str) and name for name in content):
+        content = [(name, name) for name in content]
     if content is None:
         words = [re.split(r"[\s,]+", line.strip(), maxsplit=1) for line in text.splitlines() if line.strip()]
         content = [(word[0], word[1] if len(word) > 1 else "") for word in words]
     if not content or (isinstance(content, list) and not isinstance(content[0], tuple)):
-        raise DataError(f"data.label_map {str(path)!r} lists no classes; {_WANT}.")
+        raise DataError(f"label map {str(path)!r} lists no classes; {_WANT}.")
     return content
 
 

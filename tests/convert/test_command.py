@@ -125,7 +125,7 @@ MISTAKES = [
     (["{dit}", "{dir}/o.pt", "--dtype", "int8", "--from", "dit", "--heads", "2"], "unknown --dtype 'int8'"),
     (["{dit}", "{dir}/o.pt", "--kind", "ema", "--from", "dit", "--heads", "2"], "unknown --kind 'ema'"),
     (["{dit}", "{dir}/o.pt", "--size", "100", "--from", "dit", "--heads", "2"], "multiple of 16"),
-    (["{dit}", "{dir}/o.pt", "--label-map", "{dir}/none.txt", "--from", "dit"], "--label-map"),
+    (["{dit}", "{dir}/o.pt", "--label-map", "{dir}/none.txt", "--from", "dit"], "cannot read label map"),
     (["{dit}", "{dir}/o.pt", "--codec", "kl-small", "--from", "dit", "--heads", "2", "--codec-path", "x"], "x"),
     (["{dir}/none.pt", "{dir}/o.pt"], "does not exist"),
     (["x" * 300, "{dir}/o.pt"], "File name too long"),

@@ -67,7 +67,7 @@ def test_maps_that_do_not_fit(tmp_path: Path, content: object, message: str) -> 
     with pytest.raises(DataError, match=message) as caught:
         mapped(tmp_path, content, ["n01", "n02"])
     assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match=r"cannot read data.label_map .*: No such file"):
+    with pytest.raises(DataError, match=r"cannot read label map .*: No such file"):
         classes_of(["a"], "DATA", str(tmp_path / "none"))
 
 
