@@ -76,11 +76,6 @@ _NOT_WITH_EXPERT_PARALLEL: tuple[tuple[str, Callable[[object], bool], str], ...]
         lambda value: value is False,
         "DeepSpeed then averages the gradients of different experts at stage 1, and fails at stage 2; drop it",
     ),
-    (
-        "stage3_module_granularity_threshold",
-        lambda value: isinstance(value, int) and value > 0,
-        "DeepSpeed fails at the gradients of modules that it takes whole; drop it",
-    ),
 )
 
 

@@ -115,7 +115,6 @@ OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cp
         (with_experts(zero_quantized_gradients=True), "cuda", True, ("zero_quantized_gradients' is true", "drop it")),
         (with_experts(zero_quantized_weights=True), "cuda", True, ("zero_quantized_weights' is true", "drop it")),
         (with_experts(zero_hpz_partition_size=2), "cuda", True, ("zero_hpz_partition_size' is 2", "drop it")),
-        (with_experts(stage3_module_granularity_threshold=9), "cuda", True, ("granularity_threshold' is 9", "drop it")),
         (with_experts(stage=1, contiguous_gradients=False), "cpu", True, ("contiguous_gradients' is false", "drop it")),
         (
             {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
