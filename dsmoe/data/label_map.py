@@ -1,7 +1,7 @@
 """From the labels that stand in the data (folder names, wnids, numbers) to class numbers and names for people.
 
 A label map is a text file, `CLASS [NAME...]` a line in the order of the class numbers (ImageNet's synset lists), or
-JSON: [class, ...], {class: number} or {number: [class, name]}. For a flat folder it says the class of each file instead:
+JSON: [class, ...], {class: number} or {number: [class, name]}. For a flat folder it says the class of each file:
 text, `FILE CLASS` a line, or JSON {file: class}. Not here: where the labels stand (the data sets).
 """
 
