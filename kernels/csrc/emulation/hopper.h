@@ -122,20 +122,17 @@ inline void mbarrier_arrive_expect(uint64_t* b, int bytes) {
 }
 inline void mbarrier_wait(uint64_t* b, int parity) {
   emu::MBarrier* m = reinterpret_cast<emu::MBarrier*>(b);
-  while (m->phase == (parity & 1)) {
-    auto& copies = emu::copies_under_way;
-    bool landed = false;
-    for (size_t i = 0; i < copies.size();) {
-      if (copies[i].barrier != b) {
-        i++;
-        continue;
-      }
-      const emu::TensorCopy copy = copies[i];
-      copies.erase(copies.begin() + static_cast<long>(i));
-      emu::land(copy);
-      landed = true;
+  auto& copies = emu::copies_under_way;
+  while (m->phase == (parity & 1)) {  // one copy at a time: a phase that completes too early leaves the rest under way
+    size_t i = 0;
+    while (i < copies.size() && copies[i].barrier != b) i++;
+    if (i == copies.size()) {
+      emu::wait_a_turn("mbarrier_wait");
+      continue;
     }
-    if (!landed) emu::wait_a_turn("mbarrier_wait");
+    const emu::TensorCopy copy = copies[i];
+    copies.erase(copies.begin() + static_cast<long>(i));
+    emu::land(copy);
   }
 }
 inline void tensor_copy(void* target, const TensorMap* map, uint64_t* barrier, int column, int row) {
@@ -150,6 +147,8 @@ inline void wgmma_fence() {}
 inline void wgmma_commit() { emu::my_products().group++; }
 template <int kLeft>
 void wgmma_wait() {
+  emu::moved();
+  emu::give_way();  // whoever may overwrite the tiles does so before the products read them
   emu::ProductQueue& q = emu::my_products();
   size_t kept = 0;
   for (const emu::MatrixProduct& p : q.products) {
