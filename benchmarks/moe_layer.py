@@ -159,16 +159,14 @@ def _single_process() -> None:
     """DeepSpeed's own layer asks for a process group."""
     import logging
 
-    from dsmoe.runtime import distributed
-    from dsmoe.runtime.device import Device
-
     logging.disable(logging.INFO)
-    place = distributed.discover(os.environ)
-    distributed.initialize(place, Device.pick(place.local_rank))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
     import deepspeed
 
     skip_shm_op()  # its compilation, which one process does not need
-    deepspeed.init_distributed(dist_init_required=False)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", dist_init_required=False)
 
 
 def ratios(cell: dict, name: str) -> tuple[float, float, float]:
