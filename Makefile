@@ -33,7 +33,7 @@ help:
 	@echo "make kernels     build the compiled operations (CPU always, GPU where nvcc is): faster, same results"
 	@echo "make quickstart  train the small default recipe on this machine, then say where everything lies"
 	@echo "make test        all tests that this machine can run"
-	@echo "make test-full   what takes too long for every change: invariance, layout changes, 100 kills, memory (about 50 minutes)"
+	@echo "make test-full   what takes too long for every change: invariance, layout changes, 100 kills, memory (hours)"
 	@echo "make lint        style checks"
 	@echo "make clean       remove caches and build products (not runs, not the environment)"
 
@@ -73,7 +73,10 @@ test-full: env
 	$(PY) tests/full/invariance_fp64.py --write docs/invariance.md
 	$(PY) tests/full/bf16_statement.py --write docs/invariance.md
 	$(PY) tests/full/expert_parallel.py --write docs/invariance.md
+	$(PY) tests/full/expert_parallel_state.py --write docs/invariance.md
+	$(PY) tests/full/expert_parallel_bf16.py --write docs/invariance.md
 	$(PY) tests/full/layout_change.py --write docs/layout_change.md
+	$(PY) tests/full/layout_change_experts.py --write docs/layout_change.md
 	PYTHONPATH=. $(PY) benchmarks/memory.py --folder .test-full/memory --write docs/memory.md
 	PYTHONPATH=. $(PY) benchmarks/kill_and_resume.py --folder .test-full/kills --kills 100 --write .test-full/kills.md
 
@@ -82,5 +85,5 @@ lint: env
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist dsmoe/ops/native/_kernels.so *.egg-info .pytest_cache .ruff_cache
 	find dsmoe tests launchers benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,6 +26,7 @@ setup(
         "dsmoe.base": ["recipes/*.yaml"],
         "dsmoe.codec": ["weights/*.safetensors"],
         "dsmoe.evaluation": ["weights/*.safetensors"],
+        "dsmoe.ops.native": ["_kernels.so"],
     },
     python_requires=">=3.11",
     install_requires=[
@@ -41,7 +42,7 @@ setup(
     extras_require={
         "mpi": ["mpi4py"],
         "megatron": ["megatron-core"],
-        "data": ["diffusers"],
-        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core"],
+        "data": ["diffusers", "pyarrow"],
+        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"],
     },
 )
