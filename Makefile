@@ -85,5 +85,5 @@ lint: env
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf build dist dsmoe/ops/native/_kernels.so *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist dsmoe/ops/native/libdsmoe_kernels.so.1 *.egg-info .pytest_cache .ruff_cache
 	find dsmoe tests launchers benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

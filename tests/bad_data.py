@@ -74,7 +74,7 @@ CASES = [
         {"a/b/c.png": IMAGE},
         "data.label_map=m.txt",
         source="image_folder",
-        says=("cannot read data.label_map 'm.txt'", "No such file", "give a label map"),
+        says=("cannot read label map 'm.txt'", "No such file", "give a label map"),
     ),
     shards(
         "label map of other classes",

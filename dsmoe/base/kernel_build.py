@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-PRODUCT = _PACKAGE / "ops" / "native" / "_kernels.so"
+PRODUCT = _PACKAGE / "ops" / "native" / "libdsmoe_kernels.so.1"
 # Beside the package in a checkout; a wheel has none.
 SOURCES = _PACKAGE.parent / "kernels" / "csrc"
 COMMAND = "make kernels"

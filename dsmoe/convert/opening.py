@@ -3,6 +3,7 @@
 Gives named tensors and what came with them; which model they are is `recognise`'s question.
 """
 
+import argparse
 import dataclasses
 import json
 import zipfile
@@ -241,7 +242,8 @@ def _pickled(path: Path, kind: str | None, trust_pickle: bool) -> Opened:
         container=f"torch file, its {chosen!r}",
         tensors=pickled_source(path, (chosen,), inert=trust_pickle),
         kind=chosen,
-        arguments=vars(arguments) if isinstance(arguments, Inert) else {},
+        # Another library in this process may have told torch that a Namespace is safe: then it is read as itself.
+        arguments=vars(arguments) if isinstance(arguments, Inert | argparse.Namespace) else {},
         notes=(*notes, f"left out: {', '.join(others)}") if others else notes,
     )
 

@@ -111,6 +111,14 @@ def test_the_average_of_a_training_file_is_taken_or_what_is_asked_for(tmp_path, 
     assert "every name began with 'module.'" in printed
 
 
+def test_training_arguments_are_read_where_another_library_calls_them_safe(tmp_path, capsys):
+    """Megatron-core does, for the whole process."""
+    training_file(tmp_path / "ckpt.pt", prefix="module.")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        convert(tmp_path / "ckpt.pt", tmp_path / "o.safetensors", "--heads", 2)
+    assert "its training arguments are those of DiT" in capsys.readouterr().out
+
+
 def test_conventions_ride_in_the_weight_file(tmp_path):
     """Each with the sampler, times and guidance of its own code (contracts 2.1.8, 2.1.10, 2.2)."""
     training_file(tmp_path / "dit.pt")

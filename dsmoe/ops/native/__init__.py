@@ -22,7 +22,8 @@ DEVICES = frozenset(["cpu", *(["cuda"] if LIBRARY.archs else [])] if LIBRARY.loa
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GPU_EXPERTS, _GPU_CHOICES, _GPU_WIDTH = 64, (1, 2, 4), 8192  # kernels/csrc/cuda/launchers.h
+# kernels/csrc/cuda/launchers.h
+_GPU_EXPERTS, _GPU_CHOICES, _GPU_WIDTH, _GPU_MODULATED_WIDTH = 64, (1, 2, 4), 8192, 4096
 _KINDS = {"swiglu": 0, "gelu": 1}
 
 
@@ -98,7 +99,7 @@ def moe_ffn(
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """See dsmoe.ops.modulate."""
-    if not _covers(x, shift, scale) or _too_wide(x):
+    if not _covers(x, shift, scale) or _too_wide(x, _GPU_MODULATED_WIDTH):
         return modulation.modulate(x, shift, scale)
     return torch.ops.dsmoe.modulate(x, shift, scale)[0]
 
@@ -109,5 +110,5 @@ def _covers(first: Tensor, *others: Tensor) -> bool:
     return first.dtype in known and all(t.dtype == first.dtype for t in others)
 
 
-def _too_wide(rows: Tensor) -> bool:
-    return rows.device.type != "cpu" and rows.shape[-1] > _GPU_WIDTH
+def _too_wide(rows: Tensor, widest: int = _GPU_WIDTH) -> bool:
+    return rows.device.type != "cpu" and rows.shape[-1] > widest
