@@ -1,4 +1,4 @@
-"""Builds the compiled operations: dsmoe/ops/native/libdsmoe_kernels.so.1, one file for torch 2.11 to 2.13 and any Python.
+"""Builds the compiled operations: dsmoe/ops/native/libdsmoe_kernels.so.1, one for torch 2.11 to 2.13, any Python.
 
     python kernels/build.py [--no-cuda] [--archs 80 90a 100] [--optional] [--force]
 
