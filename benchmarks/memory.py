@@ -244,11 +244,11 @@ def new_run(config: str, spec: ModelSpec, global_batch: int, averages: int):
             activation_checkpointing=recompute,
             zero_stage=policy.stage,
             expert_parallel_size=policy.block.expert_parallel_size,
+            ops=policy.block.ops,
         ),
     )
     torch.manual_seed(0)
-    sizes = {"input_size": SHAPE["input_size"], "in_channels": SHAPE["channels"]}
-    sizes |= {"num_classes": SHAPE["num_classes"], "learn_sigma": SHAPE["learn_sigma"]}
+    sizes = {k: SHAPE[k] for k in ("input_size", "num_classes", "learn_sigma")} | {"in_channels": SHAPE["channels"]}
     implementation = choose_implementation("auto", device_type="cpu", offload=policy.offload_optimizer)
     engine = build_engine(
         plan,

@@ -7,6 +7,7 @@ from dsmoe import ops
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import balance
 from dsmoe.moe.experts import Experts
+from dsmoe.moe.fan_out import fan_out
 from dsmoe.moe.router import Gate
 from dsmoe.moe.shared import SharedExpert
 from dsmoe.moe.statistics import MoEStats
@@ -44,17 +45,21 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
         """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together."""
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.gate(tokens, self.selection_bias)
-        y = self.mixture(tokens, routing)
+        for_gate, for_experts, for_shared = fan_out(tokens, 3)
+        routing = self.gate(for_gate, self.selection_bias)
+        y = self.mixture(for_experts, for_shared, routing)
         return y.to(x.dtype).view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
 
     def new_experts(self, spec: ModelSpec) -> Experts:
         """The routed experts that live here; where expert parallelism enters, with `mixture`."""
         return Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
 
-    def mixture(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
-        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, [N, D]."""
-        return self.experts(tokens, routing.counts, routing=routing, add=self.shared(tokens))
+    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing) -> Tensor:
+        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, [N, D].
+
+        for_shared: the same tokens, for the shared expert (fan_out).
+        """
+        return self.experts(tokens, routing.counts, routing=routing, add=self.shared(for_shared))
 
     def shared(self, tokens: Tensor) -> Tensor | None:
         """The shared expert's part [N, D]."""

@@ -60,10 +60,10 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         """This rank's experts."""
         return _LocalExperts(spec, self._groups)
 
-    def mixture(self, tokens: Tensor, routing: ops.Routing) -> Tensor:
+    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing) -> Tensor:
         """As in MoE; the shared expert runs while tokens are under way."""
         y, shared = dispatch.across(
-            tokens, routing, self.experts, self._groups.parallel, meanwhile=lambda: self.shared(tokens)
+            tokens, routing, self.experts, self._groups.parallel, meanwhile=lambda: self.shared(for_shared)
         )
         return y if shared is None else y + shared
 

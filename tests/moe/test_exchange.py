@@ -54,8 +54,8 @@ def both(recorder=None):
     if recorder is not None:
         recorder.note("shared", moe.shared_experts)
         recorder.note("experts", moe.experts)
-        moe.mixture = lambda tokens, routing: sum(
-            dispatch.across(tokens, routing, moe.experts, None, meanwhile=lambda: moe.shared(tokens))
+        moe.mixture = lambda tokens, for_shared, routing: sum(
+            dispatch.across(tokens, routing, moe.experts, None, meanwhile=lambda: moe.shared(for_shared))
         )
     y, stats = moe(x)
     (y.square().sum() + stats.balance_loss).backward()
