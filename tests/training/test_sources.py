@@ -63,5 +63,5 @@ def test_the_losses_are_the_same_bit_by_bit_and_after_a_resume(tmp_path):
         assert f"skipped 1 damaged images, the first: {first[form]}" in log
         assert len(list((forms[form][1] / BESIDE).glob("*.safetensors"))) == (form != "folder")
     shards = [int(n) for r in results for n in re.findall(r"indexing webdataset: (\d+) shards", r.stderr)]
-    # Rank 0 alone speaks, and rank 1 may have been the quicker one; that they share is in tests/data/test_item_index.py.
+    # Rank 0 alone speaks, and rank 1 may have been quicker; that they share is in tests/data/test_item_index.py.
     assert sum(shards) <= 4, "no tar is scanned twice, and none by the resumed run"
