@@ -10,9 +10,9 @@ import pytest
 # Blocks of up to 1024 threads may use 64 registers, of 384 threads 168; two blocks of 256, or one of 512, 128.
 REGISTERS = {"sum_rows_backward": 64, "expert_act_backward": 64, "grouped_glu": 168}
 MOST_REGISTERS = 128
-# The kernels are laid out for sm_90a, where none with 128-bit access may spill. The other bounds are no requirement: they
-# were set after a first run, to the worst seen (48 bytes; 124 on the single-element path of odd shapes), so that a later
-# change that spills more shows.
+# The kernels are laid out for sm_90a, where none with 128-bit access may spill. The other bounds are no requirement:
+# they were set after a first run, to the worst seen (48 bytes; 124 on the single-element path of odd shapes), so that a
+# later change that spills more shows.
 SPILLED_BYTES = {"sm_90a": 0, "sm_80": 48, "sm_100": 48}
 SPILLED_BYTES_SCALAR = 128
 MOVERS = ("gather_rows", "sum_rows", "expert_act", "modulate", "route_resident", "route_tiled")
