@@ -9,6 +9,7 @@ stay in the cache and temporaries are those of one expert; on a GPU all go throu
 import torch
 from torch import Tensor
 
+from dsmoe.ops import products
 from dsmoe.ops.native.registration import refuse_gradient
 from dsmoe.ops.reference.grouped import outer_products, rows_times_matrices
 from dsmoe.ops.reference.routing import Routing
@@ -135,12 +136,12 @@ def _forward_by_expert(x, gates, indices, order, position, counts, ends, w1, w2,
         upper = None
         if swiglu:
             upper = up[own] if keep else torch.empty_like(hidden)
-            torch.mm(mine, w1[e].mT, out=hidden)
-            torch.mm(mine, w3[e].mT, out=upper)
+            products.mm(mine, w1[e].mT, hidden)
+            products.mm(mine, w3[e].mT, upper)
         else:
-            torch.addmm(b1[e], mine, w1[e].mT, out=hidden)
+            products.addmm(b1[e], mine, w1[e].mT, hidden)
         a = torch.ops.dsmoe.expert_act(hidden, kind, upper, None, None, row_gates[own])
-        torch.mm(a, w2[e].mT, out=mine)  # over the expert's own rows, which are not needed again
+        products.mm(a, w2[e].mT, mine)  # over the expert's own rows, which are not needed again
     second = None if swiglu else (_spread_gates(gates, indices, w1.shape[0]), b2)
     return _finish(rows, position, add, second), h, up
 
@@ -167,20 +168,21 @@ def _backward_by_expert(
             hidden, upper = _first_products(tokens, w1[e], w3[e], swiglu)
         else:
             hidden, upper = h[mine], up[mine] if swiglu else None
-        da = torch.mm(rows[mine], w2[e])
+        da = torch.empty_like(hidden)
+        products.mm(rows[mine], w2[e], da)
         dh, dup, _, dgate[mine], a = torch.ops.dsmoe.expert_act_backward(
             da, hidden, kind, upper, None, None, row_gates[mine], weights
         )
         if weights:
-            torch.mm(rows[mine].mT, a, out=dw[1])
-            torch.mm(dh.mT, tokens, out=dw[0])
+            products.mm(rows[mine].mT, a, dw[1])
+            products.mm(dh.mT, tokens, dw[0])
             if swiglu:
-                torch.mm(dup.mT, tokens, out=dw[2])
+                products.mm(dup.mT, tokens, dw[2])
             else:
                 dw[2][0, : dh.shape[1]] = dh.sum(0)
-        torch.mm(dh, w1[e], out=rows[mine])
+        products.mm(dh, w1[e], rows[mine])
         if swiglu:
-            rows[mine].addmm_(dup, w3[e])
+            products.addmm(rows[mine], dup, w3[e], rows[mine])
     dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
     if not swiglu:
         beside, db2 = _bias_gradients(dy, gates, indices, _biases(w1, w3)[1])
@@ -192,9 +194,14 @@ def _backward_by_expert(
 
 def _first_products(tokens: Tensor, w1: Tensor, w3: Tensor, swiglu: bool) -> tuple[Tensor, Tensor | None]:
     """h and up of one expert, once more; h with its bias for GELU."""
-    if swiglu:
-        return torch.mm(tokens, w1.mT), torch.mm(tokens, w3.mT)
-    return torch.addmm(w3[0, : w1.shape[0]], tokens, w1.mT), None
+    hidden = tokens.new_empty(tokens.shape[0], w1.shape[0])
+    if not swiglu:
+        products.addmm(w3[0, : w1.shape[0]], tokens, w1.mT, hidden)
+        return hidden, None
+    upper = torch.empty_like(hidden)
+    products.mm(tokens, w1.mT, hidden)
+    products.mm(tokens, w3.mT, upper)
+    return hidden, upper
 
 
 # ---- GPU: all experts in one grouped product

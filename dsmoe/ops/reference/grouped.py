@@ -7,6 +7,8 @@ shape is known, in any dtype and on any device, and every row that comes out was
 import torch
 from torch import Tensor
 
+from dsmoe.ops import products
+
 
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
     """See dsmoe.ops.grouped_mm."""
@@ -71,7 +73,7 @@ def rows_times_matrices(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[2])
     sizes = counts.tolist()
     for rows, matrix, into in zip(x.split(sizes), weight.unbind(), out.split(sizes), strict=True):
-        torch.mm(rows, matrix, out=into)
+        products.mm(rows, matrix, into)
     return out
 
 
@@ -82,7 +84,7 @@ def outer_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
     sizes = counts.tolist()
     for a, b, into in zip(left.split(sizes), right.split(sizes), out.unbind(), strict=True):
-        torch.mm(a.mT, b, out=into)
+        products.mm(a.mT, b, into)
     return out
 
 
