@@ -84,8 +84,9 @@ class Block(nn.Module):
         # addcmul rounds once, where a multiply and an add would round twice in bf16.
         x = torch.addcmul(x, gate_msa[:, None], self.attn(modulate(x, shift_msa, scale_msa)))
         h = modulate(x, shift_mlp, scale_mlp)
-        h, stats = self.moe(h) if self.is_moe else (self.mlp(h), None)
-        return torch.addcmul(x, gate_mlp[:, None], h), stats
+        if self.is_moe:
+            return self.moe(h, residual=x, ada_gate=gate_mlp)
+        return torch.addcmul(x, gate_mlp[:, None], self.mlp(h)), None
 
 
 class FinalLayer(nn.Module):

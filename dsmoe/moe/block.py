@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from dsmoe import ops
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import balance
-from dsmoe.moe.experts import Experts
+from dsmoe.moe.experts import End, Experts
 from dsmoe.moe.fan_out import fan_out
 from dsmoe.moe.router import Gate
 from dsmoe.moe.shared import SharedExpert
@@ -42,24 +42,30 @@ class MoE(nn.Module):
         if self.selection_bias is not None:
             self.selection_bias.zero_()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
-        """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together."""
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, ada_gate: Tensor | None = None
+    ) -> tuple[Tensor, MoEStats]:
+        """x [B, T, D] -> (y [B, T, D] in the dtype of x, MoEStats). T tokens of one image stand together.
+
+        With ada_gate [B, D] and residual [B, T, D], the end of a DiT block: residual + ada_gate * y, rounded once.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         for_gate, for_experts, for_shared = fan_out(tokens, 3)
         routing = self.gate(for_gate, self.selection_bias)
-        y = self.mixture(for_experts, for_shared, routing)
-        return y.to(x.dtype).view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
+        end = End(None if residual is None else residual.reshape(tokens.shape), ada_gate)
+        y = self.mixture(for_experts, for_shared, routing, end)
+        return y.view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
 
     def new_experts(self, spec: ModelSpec) -> Experts:
         """The routed experts that live here; where expert parallelism enters, with `mixture`."""
         return Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
 
-    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing) -> Tensor:
-        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, [N, D].
+    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing, end: End) -> Tensor:
+        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, and `end` of that, [N, D].
 
         for_shared: the same tokens, for the shared expert (fan_out).
         """
-        return self.experts(tokens, routing.counts, routing=routing, add=self.shared(for_shared))
+        return self.experts(tokens, routing.counts, routing=routing, add=self.shared(for_shared), end=end)
 
     def shared(self, tokens: Tensor) -> Tensor | None:
         """The shared expert's part [N, D]."""

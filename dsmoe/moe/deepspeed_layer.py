@@ -17,7 +17,7 @@ from dsmoe import ops
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import dispatch
 from dsmoe.moe.block import MoE
-from dsmoe.moe.experts import Experts
+from dsmoe.moe.experts import End, Experts
 from dsmoe.runtime import distributed
 
 
@@ -60,12 +60,10 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         """This rank's experts."""
         return _LocalExperts(spec, self._groups)
 
-    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing) -> Tensor:
+    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing, end: End) -> Tensor:
         """As in MoE; the shared expert runs while tokens are under way."""
-        y, shared = dispatch.across(
-            tokens, routing, self.experts, self._groups.parallel, meanwhile=lambda: self.shared(for_shared)
-        )
-        return y if shared is None else y + shared
+        group, meanwhile = self._groups.parallel, lambda: self.shared(for_shared)
+        return dispatch.across(tokens, routing, self.experts, group, meanwhile, **end._asdict())
 
 
 class _LocalExperts(Experts):

@@ -1,7 +1,6 @@
 """Tokens to experts and back across the ranks of an expert-parallel group (on one rank: ops.moe_ffn)."""
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,18 +11,25 @@ from dsmoe.moe.exchange import Exchange
 from dsmoe.runtime import distributed
 
 Experts = Callable[[Tensor, Tensor], Tensor]
-_R = TypeVar("_R")
 
 
 def across(
-    x: Tensor, routing: ops.Routing, experts: Experts, group: ProcessGroup, meanwhile: Callable[[], _R]
-) -> tuple[Tensor, _R]:
-    """sum_j gate_nj * E_{index_nj}(x_n) for tokens x [N, D] -> [N, D] in float32 (float64 for float64), where rank r of
-    `group` holds experts r*E/n .. (r+1)*E/n - 1; also the result of `meanwhile()`.
+    x: Tensor,
+    routing: ops.Routing,
+    experts: Experts,
+    group: ProcessGroup,
+    meanwhile: Callable[[], Tensor | None],
+    *,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
+) -> Tensor:
+    """sum_j gate_nj * E_{index_nj}(x_n) + meanwhile()_n for tokens x [N, D] -> [N, D] in the dtype of x, where rank r
+    of `group` holds experts r*E/n .. (r+1)*E/n - 1; ada_gate [B, D] and residual [N, D] end it as in ops.sum_rows.
 
     experts: this rank's, called once with the rows of all ranks, sorted by expert, and counts int64 [E/n]; ranks may
     have different numbers of tokens, and an expert none. Rows travel by variable-size all-to-all: nothing is padded
-    or dropped. The counts are exchanged once, and read by the host once. `meanwhile` runs while rows are under way.
+    or dropped. The counts are exchanged once, and read by the host once. `meanwhile` (the shared expert) runs while
+    rows are under way.
     """
     world = distributed.world_size(group)
     leaving = routing.counts.view(world, -1)  # [destination, its experts]
@@ -37,7 +43,8 @@ def across(
     rows = ops.gather_rows(received, by_expert, by_source[:, None])
     rows = experts(rows, arriving.sum(0))
     back.start(ops.gather_rows(rows, by_source, by_expert[:, None]))
-    return ops.sum_rows(back.finish(), routing.order, routing.position, routing.gates), beside
+    to, end = (routing.order, routing.position, routing.gates), {"residual": residual, "ada_gate": ada_gate}
+    return ops.sum_rows(back.finish(), *to, add=beside, **end, narrow=True)
 
 
 def _orders(arriving: Tensor, total: int) -> tuple[Tensor, Tensor]:

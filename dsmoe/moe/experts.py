@@ -1,6 +1,7 @@
 """The routed experts: three stacked tensors, applied to rows that are already sorted by expert."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ def global_place(parameter: nn.Parameter, shape: tuple[int, ...]) -> tuple[tuple
     return (total, *shape[1:]), first * math.prod(shape[1:])
 
 
+class End(NamedTuple):
+    """How a token's sum over experts ends: residual [N, D] + ada_gate [B, D] * sum, each where it is given."""
+
+    residual: Tensor | None = None
+    ada_gate: Tensor | None = None
+
+
 class Experts(nn.Module):
     """E feed-forward networks D -> F -> D in exactly three tensors (design 4), each matrix stored [out, in].
 
@@ -27,13 +35,15 @@ class Experts(nn.Module):
     their number.
     swiglu: w2 @ (silu(w1 @ x) * (w3 @ x)); w1 gate, w3 up, both [E, F, D]; w2 down [E, D, F]; no biases.
     gelu:   w2 @ gelu_tanh(w1 @ x + b1) + b2; w1 [E, F, D], w2 [E, D, F]; w3 [E, 1, F + D] holds b1 | b2.
+
+    Set `recompute` to keep the input alone for the backward pass, and compute what lies between anew.
     """
 
     def __init__(self, kind: str, num_experts: int, dim: int, hidden: int, held: range | None = None) -> None:
         super().__init__()
         if kind not in EXPERT_KINDS:
             raise ConfigError(choose_from("model.expert_kind", kind, EXPERT_KINDS))
-        self.kind, self.num_experts = kind, num_experts
+        self.kind, self.num_experts, self.recompute = kind, num_experts, False
         self.held = range(num_experts) if held is None else held
         count = len(self.held)
         self.w1 = nn.Parameter(torch.empty(count, hidden, dim))
@@ -60,13 +70,21 @@ class Experts(nn.Module):
             nn.init.zeros_(self.w3)
 
     def forward(
-        self, x: Tensor, counts: Tensor, *, routing: ops.Routing | None = None, add: Tensor | None = None
+        self,
+        x: Tensor,
+        counts: Tensor,
+        *,
+        routing: ops.Routing | None = None,
+        add: Tensor | None = None,
+        end: End | None = None,
     ) -> Tensor:
         """Rows x [R, D], the first counts[0] for expert 0 and so on -> [R, D], without gates. counts int64 [E].
 
-        With `routing`, x [N, D] are tokens instead, and come back as sum_j gate_nj E_{index_nj}(x_n) + add_n, [N, D].
+        With `routing`, x [N, D] are tokens instead, and come back as sum_j gate_nj E_{index_nj}(x_n) + add_n, ended by
+        `end`, [N, D].
         """
         weights = (self.w1, self.w2, self.w3)
         if routing is None:
-            return ops.expert_rows(x, counts, *weights, self.kind)
-        return ops.moe_ffn(x, routing, *weights, self.kind, add=add)
+            return ops.expert_rows(x, counts, *weights, self.kind, recompute=self.recompute)
+        end = (end or End())._asdict()
+        return ops.moe_ffn(x, routing, *weights, self.kind, add=add, **end, recompute=self.recompute)

@@ -190,23 +190,29 @@ def moe_ffn(
     kind: str,
     *,
     add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """The routed experts as one operation: sum_j gates[n,j] * E_{indices[n,j]}(x[n]) + add[n], [N,D] in the dtype of x.
 
-    w1, w2, w3: the stacks of moe.experts.Experts, of `kind` "swiglu" or "gelu". The sum is in float32, rounded once.
+    w1, w2, w3: the stacks of moe.experts.Experts, of `kind` "swiglu" or "gelu". ada_gate [B,D] and residual [N,D] end
+    it as in sum_rows. All of the sum is in float32, rounded once.
     recompute: keep x alone for the backward pass and compute the first products again there, instead of keeping theirs
-    (R x F elements, twice that for "swiglu"). The reference keeps everything.
+    (R x F elements, twice that for "swiglu"). The reference keeps the experts' results too and computes all anew.
     """
-    return _OPS["moe_ffn"](x, routing, w1, w2, w3, kind, add, recompute)
+    return _OPS["moe_ffn"](x, routing, w1, w2, w3, kind, add, residual, ada_gate, recompute)
 
 
-def expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str) -> Tensor:
+def expert_rows(
+    rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str, *, recompute: bool = False
+) -> Tensor:
     """rows[R,D], the first counts[0] for expert 0 and so on, through their experts: [R,D], without gates or sum.
 
-    Weights as for moe_ffn. What expert parallelism calls between its two exchanges.
+    Weights as for moe_ffn. What expert parallelism calls between its two exchanges. recompute: keep `rows` alone for
+    the backward pass and compute everything again there.
     """
-    return _OPS["expert_rows"](rows, counts, w1, w2, w3, kind)
+    return _OPS["expert_rows"](rows, counts, w1, w2, w3, kind, recompute)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -193,18 +193,20 @@ def test_modulate(shape, dtype, compiled):
 
 
 @DTYPES
+@pytest.mark.parametrize("end", [(), ("ada_gate",), ("add", "residual", "ada_gate")], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
-@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (5, 8, 1, 24), (70, 16, 4, 33), (200, 4, 2, 48)], ids=str)
-def test_moe_ffn(shape, kind, recompute, dtype, compiled):
+# The second has experts without rows, and enough gates for an RMS of their gradients' errors that is not chance.
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (40, 48, 1, 24), (70, 16, 4, 33), (200, 4, 2, 48)], ids=str)
+def test_moe_ffn(shape, kind, recompute, end, dtype, compiled):
     n, e, k, d = shape
     f, r = 2 * d, routed(n, e, k)
     inputs = {"x": random(n, d, dtype=dtype), "gates": r.gates.detach()}
     third = (e, f, d) if kind == "swiglu" else (e, 1, f + d)
     for name, size in (("w1", (e, f, d)), ("w2", (e, d, f)), ("w3", third)):
         inputs[name] = random(*size, dtype=dtype, seed=len(inputs)) / d**0.5
-    if not recompute:
-        inputs["add"] = random(n, d, dtype=dtype, seed=7)
+    sizes = {"add": (n, d), "residual": (n, d), "ada_gate": (min(n, 5), d)}
+    inputs |= {name: random(*sizes[name], dtype=dtype, seed=i) for i, name in enumerate(end, start=20)}
 
     def function(x, gates, **weights):
         return ops.moe_ffn(x, r._replace(gates=gates), **weights, kind=kind, recompute=recompute)
@@ -216,19 +218,26 @@ def test_moe_ffn(shape, kind, recompute, dtype, compiled):
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_gpu_composition_of_the_block_gives_the_same(kind, weights, keep):
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_gpu_composition_of_the_block_gives_the_same(kind, weights, keep, ends):
     """All experts by grouped products, as on a GPU; here from the CPU's pieces."""
     r, code = routed(90, 4, 2), {"swiglu": 0, "gelu": 1}[kind]
     places = (random(90, 24), r.gates, r.indices, r.order, r.position, r.counts, r.ends)
     third = (4, 32, 24) if kind == "swiglu" else (4, 1, 56)
     experts = tuple(random(*size, seed=i) for i, size in enumerate(((4, 32, 24), (4, 24, 32), third)))
-    one = ffn._forward_by_expert(*places, *experts, None, code, keep)
-    all_ = ffn._forward_grouped(*places, *experts, None, code, keep)
+    end = (random(90, 24, seed=6), random(90, 24, seed=7), random(3, 24, seed=8)) if ends else (None, None, None)
+    one = ffn._forward_by_expert(*places, *experts, *end, code, keep, ends)
+    all_ = ffn._forward_grouped(*places, *experts, *end, code, keep, ends)
     torch.testing.assert_close(all_[0], one[0])
-    dy = random(90, 24, seed=5)
+    torch.testing.assert_close(all_[3], one[3])
+    dy, again = random(90, 24, seed=5), (end[2], code, weights, ends)
+
+    def kept(h, up, branch):
+        return *((h, up if code == 0 else None) if keep else (None, None)), branch if ends else None
+
     one, all_ = (
-        backward(dy, *places, *experts, *((h, up if code == 0 else None) if keep else (None, None)), code, weights)
-        for backward, (_, h, up) in ((ffn._backward_by_expert, one), (ffn._backward_grouped, all_))
+        backward(dy, *places, *experts, *kept(*forward[1:]), *again)
+        for backward, forward in ((ffn._backward_by_expert, one), (ffn._backward_grouped, all_))
     )
     for a, b in zip(one, all_, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -351,8 +360,10 @@ def test_opcheck(dtype):
         (op.expert_act, (h, 1, None, leaf(8, f), r.ends, None)),
         (op.modulate, (leaf(2, 70, d), leaf(2, d), leaf(2, d))),
         (op.grouped_mm, (rows, leaf(8, d, f), r.counts, False)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), 0, True)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, 1, False)),
+        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), None, None, 0, True, False)),
+        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, None, None, 1, False, False)),
+        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), leaf(50, d), leaf(5, d), 0, True, True)),
+        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, leaf(50, d), leaf(5, d), 1, False, True)),
     ]
     for packet, arguments in calls:
         torch.library.opcheck(packet.default, arguments)

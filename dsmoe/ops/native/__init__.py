@@ -88,13 +88,15 @@ def moe_ffn(
     w3: Tensor,
     kind: str,
     add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """See dsmoe.ops.moe_ffn."""
-    beside = [t for t in (w1, w2, w3, add) if t is not None]
+    beside = [t for t in (w1, w2, w3, add, residual, ada_gate) if t is not None]
     if not _covers(x, *beside) or routing.gates.dtype != torch.float32 or _too_wide(x) or _too_wide(w1.mT):
-        return composed.moe_ffn(x, routing, w1, w2, w3, kind, add, recompute)
-    return ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, recompute)
+        return composed.moe_ffn(x, routing, w1, w2, w3, kind, add, residual, ada_gate, recompute)
+    return ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, residual, ada_gate, recompute)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 The gate is folded into the activation (a_r = gate_r act(h_r)), so that the way back is a plain sum of rows, the second
 product's result is not kept, and the gate's gradient falls out of the activation's backward. Kept for the backward
-are the tokens, h and up; with `recompute` the tokens alone. On a CPU the experts go one after the other, so that rows
+are the tokens, h and up; with `recompute` the tokens alone. Beside them, with `ada_gate`, the sum that it multiplies, in
+the dtype of the tokens: what a gate of its own would keep. On a CPU the experts go one after the other, so that rows
 stay in the cache and temporaries are those of one expert; on a GPU all go through the library's grouped product.
 """
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoe.ops import products
-from dsmoe.ops.native.registration import refuse_gradient
+from dsmoe.ops.native.registration import DTYPE_CODES, refuse_gradient
 from dsmoe.ops.reference.grouped import outer_products, rows_times_matrices
 from dsmoe.ops.reference.routing import Routing
 
@@ -24,12 +25,14 @@ def declare() -> None:
     define, implement = torch.library.define, torch.library.impl
     define(
         "dsmoe::moe_ffn",
-        f"({_PLACES}, {_WEIGHTS}, Tensor? add, int kind, bool keep) -> (Tensor y, Tensor h, Tensor up)",
+        f"({_PLACES}, {_WEIGHTS}, Tensor? add, Tensor? residual, Tensor? ada_gate, int kind, bool keep, "
+        "bool keep_branch) -> (Tensor y, Tensor h, Tensor up, Tensor branch)",
     )
     define(
         "dsmoe::moe_ffn_backward",
-        f"(Tensor dy, {_PLACES}, {_WEIGHTS}, Tensor? h, Tensor? up, int kind, bool weights) "
-        "-> (Tensor dx, Tensor dgates, Tensor dw1, Tensor dw2, Tensor dw3)",
+        f"(Tensor dy, {_PLACES}, {_WEIGHTS}, Tensor? h, Tensor? up, Tensor? branch, Tensor? ada_gate, int kind, "
+        "bool weights, bool added) -> (Tensor dx, Tensor dgates, Tensor dw1, Tensor dw2, Tensor dw3, Tensor dadd, "
+        "Tensor dada)",
     )
     implement("dsmoe::moe_ffn", "CPU", _forward_by_expert)
     implement("dsmoe::moe_ffn", "CUDA", _forward_grouped)
@@ -42,46 +45,69 @@ def declare() -> None:
 
 
 def call(
-    x: Tensor, to: Routing, w1: Tensor, w2: Tensor, w3: Tensor, kind: int, add: Tensor | None, recompute: bool
+    x: Tensor,
+    to: Routing,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    kind: int,
+    add: Tensor | None,
+    residual: Tensor | None,
+    ada_gate: Tensor | None,
+    recompute: bool,
 ) -> Tensor:
     """x[N,D] -> y[N,D]; see dsmoe.ops.moe_ffn. kind: 0 swiglu, 1 gelu."""
     keep = torch.is_grad_enabled() and not recompute
     places = (to.gates, to.indices, to.order, to.position, to.counts, to.ends)
-    return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, add, kind, keep)[0]
+    keep_branch = ada_gate is not None and ada_gate.requires_grad and torch.is_grad_enabled()
+    beside = (add, residual, ada_gate)
+    return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, *beside, kind, keep, keep_branch)[0]
 
 
 # ---- autograd and fakes
 
 
 def _save(ctx, inputs, output):
-    x, *places, w1, w2, w3, add, ctx.kind, ctx.keep = inputs
-    _, h, up = output
-    kept = (h, up if ctx.kind == _SWIGLU else None) if ctx.keep else (None, None)
-    ctx.save_for_backward(x, *places, w1, w2, w3, *kept)
-    ctx.add = add is not None
+    x, *places, w1, w2, w3, add, residual, ada_gate, ctx.kind, keep, keep_branch = inputs
+    _, h, up, branch = output
+    kept = (h, up if ctx.kind == _SWIGLU else None) if keep else (None, None)
+    ctx.save_for_backward(x, *places, w1, w2, w3, *kept, branch if keep_branch else None, ada_gate)
+    ctx.add, ctx.residual, ctx.gated = add is not None, residual is not None, ada_gate is not None
+    ctx.keep_branch = keep_branch
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, dy, _h, _up):
+def _gradient(ctx, dy, *_):
     if dy is None:
-        return (None,) * 13
+        return (None,) * 16
     weights = any(ctx.needs_input_grad[7:10])
-    dx, dgates, *dweights = torch.ops.dsmoe.moe_ffn_backward(dy.contiguous(), *ctx.saved_tensors, ctx.kind, weights)
-    dweights = dweights if weights else (None, None, None)
-    return dx, dgates, None, None, None, None, None, *dweights, dy if ctx.add else None, None, None
+    dx, dgates, dw1, dw2, dw3, dadd, dada = torch.ops.dsmoe.moe_ffn_backward(
+        dy.contiguous(), *ctx.saved_tensors, ctx.kind, weights, ctx.add
+    )
+    dweights = (dw1, dw2, dw3) if weights else (None, None, None)
+    dadd = (dadd if ctx.gated else dy) if ctx.add else None
+    dresidual, dada = dy if ctx.residual else None, dada if ctx.keep_branch else None
+    return dx, dgates, None, None, None, None, None, *dweights, dadd, dresidual, dada, None, None, None
 
 
-def _fake(x, gates, indices, order, position, counts, ends, w1, w2, w3, add, kind: int, keep: bool):
+def _fake(
+    x, gates, indices, order, position, counts, ends, w1, w2, w3, add, residual, ada_gate,
+    kind: int, keep: bool, keep_branch: bool,
+):  # fmt: skip
     hidden = (order.shape[0], w1.shape[1]) if keep else (0,)
-    return x.new_empty(x.shape), x.new_empty(hidden), x.new_empty(hidden if kind == _SWIGLU else (0,))
+    branch = x.new_empty(x.shape if keep_branch else (0,))
+    return x.new_empty(x.shape), x.new_empty(hidden), x.new_empty(hidden if kind == _SWIGLU else (0,)), branch
 
 
 def _fake_backward(
-    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, kind: int, weights: bool
+    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, branch, ada_gate,
+    kind: int, weights: bool, added: bool,
 ):  # fmt: skip
     given = (w1, w2, w3) if weights else ()
     made = [w.new_empty(w.shape) for w in given] or [x.new_empty(0) for _ in range(3)]
-    return x.new_empty(x.shape), gates.new_empty(gates.shape), *made
+    dadd = x.new_empty(x.shape if added and ada_gate is not None else (0,))
+    dada = x.new_empty((0,) if branch is None else ada_gate.shape)
+    return x.new_empty(x.shape), gates.new_empty(gates.shape), *made, dadd, dada
 
 
 # ---- pieces
@@ -101,12 +127,42 @@ def _spread_gates(gates: Tensor, indices: Tensor, experts: int) -> Tensor:
     return gates.new_zeros(gates.shape[0], experts).scatter_(1, indices, gates)
 
 
-def _finish(rows: Tensor, position: Tensor, add: Tensor | None, second: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Sum of a token's rows, `add`, and gates [N, E] times second biases [E, D]; in float32, rounded once."""
+def _finish(
+    rows: Tensor,
+    position: Tensor,
+    add: Tensor | None,
+    residual: Tensor | None,
+    ada_gate: Tensor | None,
+    second: tuple[Tensor, Tensor] | None,
+    keep_branch: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sum of a token's rows, `add`, and gates [N, E] times second biases [E, D]; times `ada_gate`, and `residual`. In
+    float32, rounded once. Also the sum before `ada_gate`, or nothing."""
     if second is None:
-        return torch.ops.dsmoe.sum_rows(rows, position, None, add, None, None, False, False)[0]
+        return torch.ops.dsmoe.sum_rows(rows, position, None, add, residual, ada_gate, False, keep_branch)
     total = torch.ops.dsmoe.sum_rows(rows, position, None, add, None, None, True, False)[0]
-    return total.addmm_(second[0], second[1].float()).to(rows.dtype)
+    total.addmm_(second[0], second[1].float())
+    branch = total.to(rows.dtype, copy=True) if keep_branch else rows.new_empty(0)
+    if ada_gate is not None:
+        images, dim = ada_gate.shape
+        total.view(images, total.shape[0] // max(images, 1), dim).mul_(ada_gate[:, None])
+    if residual is not None:
+        total += residual
+    return total.to(rows.dtype), branch
+
+
+def _begin_backward(
+    dy: Tensor, order: Tensor, position: Tensor, branch: Tensor | None, ada_gate: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the rows [R, D], and where `wanted` of their sum [N, D]; the operation's own results dadd and dada,
+    empty without `ada_gate`: an operation may not return what it was given."""
+    if ada_gate is None:
+        none = dy.new_empty(0)
+        return torch.ops.dsmoe.gather_rows(dy, order, position), dy, none, none.clone()
+    rows, _, dsum, dada = torch.ops.dsmoe.sum_rows_backward(
+        dy, position, DTYPE_CODES[dy.dtype], None, None, branch, ada_gate, wanted
+    )
+    return rows, dsum, dsum, dada
 
 
 def _bias_gradients(dy: Tensor, gates: Tensor, indices: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +174,10 @@ def _bias_gradients(dy: Tensor, gates: Tensor, indices: Tensor, b2: Tensor) -> t
 # ---- CPU: one expert after the other
 
 
-def _forward_by_expert(x, gates, indices, order, position, counts, ends, w1, w2, w3, add, kind: int, keep: bool):
+def _forward_by_expert(
+    x, gates, indices, order, position, counts, ends, w1, w2, w3, add, residual, ada_gate,
+    kind: int, keep: bool, keep_branch: bool,
+):  # fmt: skip
     swiglu, sizes = kind == _SWIGLU, counts.tolist()
     rows = torch.ops.dsmoe.gather_rows(x, order, position)
     row_gates = _row_gates(gates, order)
@@ -143,14 +202,17 @@ def _forward_by_expert(x, gates, indices, order, position, counts, ends, w1, w2,
         a = torch.ops.dsmoe.expert_act(hidden, kind, upper, None, None, row_gates[own])
         products.mm(a, w2[e].mT, mine)  # over the expert's own rows, which are not needed again
     second = None if swiglu else (_spread_gates(gates, indices, w1.shape[0]), b2)
-    return _finish(rows, position, add, second), h, up
+    y, branch = _finish(rows, position, add, residual, ada_gate, second, keep_branch)
+    return y, h, up, branch
 
 
 def _backward_by_expert(
-    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, kind: int, weights: bool
+    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, branch, ada_gate,
+    kind: int, weights: bool, added: bool,
 ):  # fmt: skip
     swiglu, sizes = kind == _SWIGLU, counts.tolist()
-    rows = torch.ops.dsmoe.gather_rows(dy, order, position)  # becomes the gradient of the expert rows
+    # `rows` becomes the gradient of the expert rows.
+    rows, dy, *beside = _begin_backward(dy, order, position, branch, ada_gate, added or not swiglu)
     token, row_gates = order // position.shape[1], _row_gates(gates, order)
     dgate = torch.empty_like(row_gates)
     dweights = [torch.empty_like(w) if weights else x.new_empty(0) for w in (w1, w2, w3)]
@@ -185,11 +247,12 @@ def _backward_by_expert(
             products.addmm(rows[mine], dup, w3[e], rows[mine])
     dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
     if not swiglu:
-        beside, db2 = _bias_gradients(dy, gates, indices, _biases(w1, w3)[1])
-        dgates += beside
+        more, db2 = _bias_gradients(dy, gates, indices, _biases(w1, w3)[1])
+        dgates += more
         if weights:
             dweights[2][:, 0, w1.shape[1] :] = db2
-    return torch.ops.dsmoe.sum_rows(rows, position, None, None, None, None, False, False)[0], dgates, *dweights
+    dx = torch.ops.dsmoe.sum_rows(rows, position, None, None, None, None, False, False)[0]
+    return dx, dgates, *dweights, *beside
 
 
 def _first_products(tokens: Tensor, w1: Tensor, w3: Tensor, swiglu: bool) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +270,10 @@ def _first_products(tokens: Tensor, w1: Tensor, w3: Tensor, swiglu: bool) -> tup
 # ---- GPU: all experts in one grouped product
 
 
-def _forward_grouped(x, gates, indices, order, position, counts, ends, w1, w2, w3, add, kind: int, keep: bool):
+def _forward_grouped(
+    x, gates, indices, order, position, counts, ends, w1, w2, w3, add, residual, ada_gate,
+    kind: int, keep: bool, keep_branch: bool,
+):  # fmt: skip
     rows = torch.ops.dsmoe.gather_rows(x, order, position)
     h = rows_times_matrices(rows, w1.mT, counts)
     if kind == _SWIGLU:
@@ -216,17 +282,19 @@ def _forward_grouped(x, gates, indices, order, position, counts, ends, w1, w2, w
         (b1, b2), up = _biases(w1, w3), None
         second = (_spread_gates(gates, indices, w1.shape[0]), b2)
     a = torch.ops.dsmoe.expert_act(h, kind, up, b1, ends, _row_gates(gates, order))
-    y = _finish(rows_times_matrices(a, w2.mT, counts), position, add, second)
+    rows = rows_times_matrices(a, w2.mT, counts)
+    y, branch = _finish(rows, position, add, residual, ada_gate, second, keep_branch)
     none = x.new_empty(0)
-    return (y, h, none if up is None else up) if keep else (y, none, none.clone())
+    return (y, h, none if up is None else up, branch) if keep else (y, none, none.clone(), branch)
 
 
 def _backward_grouped(
-    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, kind: int, weights: bool
+    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, branch, ada_gate,
+    kind: int, weights: bool, added: bool,
 ):  # fmt: skip
     swiglu = kind == _SWIGLU
     b1, b2 = (None, None) if swiglu else _biases(w1, w3)
-    dyr = torch.ops.dsmoe.gather_rows(dy, order, position)
+    dyr, dy, *beside = _begin_backward(dy, order, position, branch, ada_gate, added or not swiglu)
     tokens = torch.ops.dsmoe.gather_rows(x, order, position) if weights or h is None else None
     if h is None:
         h = rows_times_matrices(tokens, w1.mT, counts)
@@ -248,8 +316,9 @@ def _backward_grouped(
         drows += rows_times_matrices(dup, w3, counts)
     dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
     if not swiglu:
-        beside, db2 = _bias_gradients(dy, gates, indices, b2)
-        dgates += beside
+        more, db2 = _bias_gradients(dy, gates, indices, b2)
+        dgates += more
         if weights:
             dw3[:, 0] = torch.cat([db1.float(), db2], dim=1)
-    return torch.ops.dsmoe.sum_rows(drows, position, None, None, None, None, False, False)[0], dgates, dw1, dw2, dw3
+    dx = torch.ops.dsmoe.sum_rows(drows, position, None, None, None, None, False, False)[0]
+    return dx, dgates, dw1, dw2, dw3, *beside

@@ -1,6 +1,10 @@
 """The routed experts put together from the other operations, each in its implementation of choice."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dsmoe import ops  # still being imported at this point: this module stands in its table
 from dsmoe.ops.reference.routing import Routing
@@ -14,16 +18,30 @@ def moe_ffn(
     w3: Tensor,
     kind: str,
     add: Tensor | None = None,
+    residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """See dsmoe.ops.moe_ffn."""
-    rows = ops.gather_rows(x, routing.order, routing.position)
-    rows = expert_rows(rows, routing.counts, w1, w2, w3, kind)
-    return ops.sum_rows(rows, routing.order, routing.position, routing.gates, add=add).to(x.dtype)
+
+    def routed(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        rows = ops.gather_rows(x, routing.order, routing.position)
+        return _expert_rows(rows, routing.counts, w1, w2, w3, kind)
+
+    rows = _again(routed, x, w1, w2, w3) if recompute else routed(x, w1, w2, w3)
+    to, end = (routing.order, routing.position, routing.gates), {"residual": residual, "ada_gate": ada_gate}
+    return ops.sum_rows(rows, *to, add=add, **end, narrow=True)
 
 
-def expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str) -> Tensor:
-    """Rows [R, D], sorted by expert, through their experts, without gates: [R, D]."""
+def expert_rows(
+    rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str, recompute: bool = False
+) -> Tensor:
+    """See dsmoe.ops.expert_rows."""
+    given = (rows, counts, w1, w2, w3, kind)
+    return _again(_expert_rows, *given) if recompute else _expert_rows(*given)
+
+
+def _expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str) -> Tensor:
     h = ops.grouped_mm(rows, w1, counts, transposed=True)
     if kind == "swiglu":
         up = ops.grouped_mm(rows, w3, counts, transposed=True)
@@ -31,3 +49,11 @@ def expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
     b1, b2 = w3[:, 0].split((w1.shape[1], w1.shape[2]), dim=-1)
     a = ops.expert_act(h, kind, bias=b1, counts=counts)
     return ops.add_expert_bias(ops.grouped_mm(a, w2, counts, transposed=True), b2, counts)
+
+
+def _again(function: Callable[..., Tensor], *given: object) -> Tensor:
+    """function(*given), which keeps what it was given and runs once more in the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*given)
+    # Nothing here draws from torch's generators, so their state need not be kept.
+    return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)

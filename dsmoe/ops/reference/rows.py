@@ -39,11 +39,35 @@ def finish_sum(
     if add is not None:
         total = total + add
     if ada_gate is not None:
-        images, dim = ada_gate.shape
-        total = (total.view(images, total.shape[0] // max(images, 1), dim) * ada_gate[:, None]).view(total.shape)
+        total = _AdaGate.apply(total, ada_gate, dtype)
     if residual is not None:
         total = total + residual
     return total.to(dtype) if narrow else total
+
+
+class _AdaGate(torch.autograd.Function):
+    """total [N,D] times ada_gate [B,D] of each token's image; keeps the total in `dtype`, where autograd would keep it
+    in the wider one of the sum."""
+
+    @staticmethod
+    def forward(ctx, total: Tensor, ada_gate: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(total.to(dtype) if ctx.needs_input_grad[1] else None, ada_gate)
+        return (_by_image(total, ada_gate) * ada_gate[:, None]).view(total.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        kept, ada_gate = ctx.saved_tensors
+        by_image, dada = _by_image(grad, ada_gate), None
+        if kept is not None:
+            dada = (by_image * _by_image(kept, ada_gate)).sum(1).to(ada_gate.dtype)
+        return (by_image * ada_gate[:, None]).view(grad.shape), dada, None
+
+
+def _by_image(x: Tensor, ada_gate: Tensor) -> Tensor:
+    """[N,D] as [B,N/B,D]."""
+    images, dim = ada_gate.shape
+    return x.reshape(images, x.shape[0] // max(images, 1), dim)
 
 
 class _GatherRows(torch.autograd.Function):
