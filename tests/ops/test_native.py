@@ -351,8 +351,8 @@ def test_opcheck(dtype):
         (op.expert_act, (h, 1, None, leaf(8, f), r.ends, None)),
         (op.modulate, (leaf(2, 70, d), leaf(2, d), leaf(2, d))),
         (op.grouped_mm, (rows, leaf(8, d, f), r.counts, False)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), 0, True)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, 1, False)),
+        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), 0, ffn.LIBRARY, True)),
+        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, 1, ffn.LIBRARY, False)),
     ]
     for packet, arguments in calls:
         torch.library.opcheck(packet.default, arguments)

@@ -2,18 +2,24 @@
 
 The gate is folded into the activation (a_r = gate_r act(h_r)), so that the way back is a plain sum of rows, the second
 product's result is not kept, and the gate's gradient falls out of the activation's backward. Kept for the backward
-are the tokens, h and up; with `recompute` the tokens alone. On a CPU the experts go one after the other, so that rows
-stay in the cache and temporaries are those of one expert; on a GPU all go through the library's grouped product.
+are the tokens, h and up; with `recompute` the tokens alone. The products go by a `variant`, which is an argument of the
+operation:
+
+- "library": on a CPU the experts go one after the other, so that rows stay in the cache and temporaries are those of
+  one expert; on a GPU all go through the library's grouped product.
+- "glu": first product, SwiGLU and gate in one kernel, and the backward of the second with that of SwiGLU (glu.py).
 """
 
 import torch
 from torch import Tensor
 
+from dsmoe.ops.native.glu import grouped_dglu, grouped_glu
 from dsmoe.ops.native.registration import refuse_gradient
 from dsmoe.ops.reference.grouped import outer_products, rows_times_matrices
 from dsmoe.ops.reference.routing import Routing
 
 _SWIGLU = 0
+LIBRARY, GLU = "library", "glu"
 _PLACES = "Tensor x, Tensor gates, Tensor indices, Tensor order, Tensor position, Tensor counts, Tensor ends"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor w3"
 
@@ -23,17 +29,19 @@ def declare() -> None:
     define, implement = torch.library.define, torch.library.impl
     define(
         "dsmoe::moe_ffn",
-        f"({_PLACES}, {_WEIGHTS}, Tensor? add, int kind, bool keep) -> (Tensor y, Tensor h, Tensor up)",
+        f"({_PLACES}, {_WEIGHTS}, Tensor? add, int kind, str variant, bool keep) -> (Tensor y, Tensor h, Tensor up)",
     )
     define(
         "dsmoe::moe_ffn_backward",
-        f"(Tensor dy, {_PLACES}, {_WEIGHTS}, Tensor? h, Tensor? up, int kind, bool weights) "
+        f"(Tensor dy, {_PLACES}, {_WEIGHTS}, Tensor? h, Tensor? up, int kind, str variant, bool weights) "
         "-> (Tensor dx, Tensor dgates, Tensor dw1, Tensor dw2, Tensor dw3)",
     )
-    implement("dsmoe::moe_ffn", "CPU", _forward_by_expert)
-    implement("dsmoe::moe_ffn", "CUDA", _forward_grouped)
-    implement("dsmoe::moe_ffn_backward", "CPU", _backward_by_expert)
-    implement("dsmoe::moe_ffn_backward", "CUDA", _backward_grouped)
+    for device, forward, backward in (
+        ("CPU", _forward_by_expert, _backward_by_expert),
+        ("CUDA", _forward_grouped, _backward_grouped),
+    ):
+        implement("dsmoe::moe_ffn", device, _by_variant(forward, _forward_glu))
+        implement("dsmoe::moe_ffn_backward", device, _by_variant(backward, _backward_glu))
     torch.library.register_fake("dsmoe::moe_ffn", _fake)
     torch.library.register_fake("dsmoe::moe_ffn_backward", _fake_backward)
     torch.library.register_autograd("dsmoe::moe_ffn", _gradient, setup_context=_save)
@@ -46,14 +54,33 @@ def call(
     """x[N,D] -> y[N,D]; see dsmoe.ops.moe_ffn. kind: 0 swiglu, 1 gelu."""
     keep = torch.is_grad_enabled() and not recompute
     places = (to.gates, to.indices, to.order, to.position, to.counts, to.ends)
-    return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, add, kind, keep)[0]
+    return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, add, kind, _variant(x, w1, kind), keep)[0]
+
+
+def _variant(x: Tensor, w1: Tensor, kind: int) -> str:
+    """The variant for these tokens and experts: the library's, since "glu" was never measured."""
+    return LIBRARY
+
+
+def _by_variant(library, glu):
+    """An implementation that takes (..., kind, variant, flag)."""
+
+    def run(*arguments):
+        *given, kind, variant, flag = arguments
+        if variant == GLU and kind == _SWIGLU:
+            return glu(*given, flag)
+        if variant != LIBRARY:
+            raise ValueError(f'moe_ffn: variant {variant!r}; "{LIBRARY}" serves all experts, "{GLU}" those of swiglu.')
+        return library(*given, kind, flag)
+
+    return run
 
 
 # ---- autograd and fakes
 
 
 def _save(ctx, inputs, output):
-    x, *places, w1, w2, w3, add, ctx.kind, ctx.keep = inputs
+    x, *places, w1, w2, w3, add, ctx.kind, ctx.variant, ctx.keep = inputs
     _, h, up = output
     kept = (h, up if ctx.kind == _SWIGLU else None) if ctx.keep else (None, None)
     ctx.save_for_backward(x, *places, w1, w2, w3, *kept)
@@ -63,20 +90,22 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy, _h, _up):
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     weights = any(ctx.needs_input_grad[7:10])
-    dx, dgates, *dweights = torch.ops.dsmoe.moe_ffn_backward(dy.contiguous(), *ctx.saved_tensors, ctx.kind, weights)
+    dx, dgates, *dweights = torch.ops.dsmoe.moe_ffn_backward(
+        dy.contiguous(), *ctx.saved_tensors, ctx.kind, ctx.variant, weights
+    )
     dweights = dweights if weights else (None, None, None)
-    return dx, dgates, None, None, None, None, None, *dweights, dy if ctx.add else None, None, None
+    return dx, dgates, None, None, None, None, None, *dweights, dy if ctx.add else None, None, None, None
 
 
-def _fake(x, gates, indices, order, position, counts, ends, w1, w2, w3, add, kind: int, keep: bool):
+def _fake(x, gates, indices, order, position, counts, ends, w1, w2, w3, add, kind: int, variant: str, keep: bool):
     hidden = (order.shape[0], w1.shape[1]) if keep else (0,)
     return x.new_empty(x.shape), x.new_empty(hidden), x.new_empty(hidden if kind == _SWIGLU else (0,))
 
 
 def _fake_backward(
-    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, kind: int, weights: bool
+    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, kind: int, variant: str, weights: bool
 ):  # fmt: skip
     given = (w1, w2, w3) if weights else ()
     made = [w.new_empty(w.shape) for w in given] or [x.new_empty(0) for _ in range(3)]
@@ -236,13 +265,46 @@ def _backward_grouped(
     else:
         dw2, dw3 = x.new_empty(0), x.new_empty(0)
     del a, dyr, tokens
-    drows = rows_times_matrices(dh, w1, counts)
-    if swiglu:
-        drows += rows_times_matrices(dup, w3, counts)
-    dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
+    dx, dgates = _back_to_tokens(dh, dup if swiglu else None, dgate, position, counts, w1, w3)
     if not swiglu:
         beside, db2 = _bias_gradients(dy, gates, indices, b2)
         dgates += beside
         if weights:
             dw3[:, 0] = torch.cat([db1.float(), db2], dim=1)
-    return torch.ops.dsmoe.sum_rows(drows, position, None, None, None, None, False, False)[0], dgates, dw1, dw2, dw3
+    return dx, dgates, dw1, dw2, dw3
+
+
+def _back_to_tokens(dh, dup, dgate, position, counts, w1, w3) -> tuple[Tensor, Tensor]:
+    """dx [N, D] and dgates [N, k] from the gradients of rows."""
+    drows = rows_times_matrices(dh, w1, counts)
+    if dup is not None:
+        drows += rows_times_matrices(dup, w3, counts)
+    dx = torch.ops.dsmoe.sum_rows(drows, position, None, None, None, None, False, False)[0]
+    return dx, dgate.index_select(0, position.reshape(-1)).view(position.shape)
+
+
+# ---- SwiGLU in the products
+
+
+def _forward_glu(x, gates, indices, order, position, counts, ends, w1, w2, w3, add, keep: bool):
+    a, h, up = grouped_glu(x, order, position.shape[1], w1, w3, ends, _row_gates(gates, order), keep)
+    return _finish(rows_times_matrices(a, w2.mT, counts), position, add, None), h, up
+
+
+def _backward_glu(dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, weights: bool):
+    row_gates, k, a = _row_gates(gates, order), position.shape[1], None
+    if h is None:
+        a, h, up = grouped_glu(x, order, k, w1, w3, ends, row_gates, True)
+    again = weights and a is None
+    if not weights:
+        dh, dup, _, dgate = grouped_dglu(dy, order, k, w2, ends, h, up, row_gates, False)
+        none = (x.new_empty(0) for _ in range(3))
+        return *_back_to_tokens(dh, dup, dgate, position, counts, w1, w3), *none
+    dyr = torch.ops.dsmoe.gather_rows(dy, order, position)  # for dw2; so the product need not gather once more
+    dh, dup, made, dgate = grouped_dglu(dyr, None, 1, w2, ends, h, up, row_gates, again)
+    dw2 = outer_products(dyr, made if again else a, counts)
+    del a, made, dyr
+    tokens = torch.ops.dsmoe.gather_rows(x, order, position)
+    dw1, dw3 = outer_products(dh, tokens, counts), outer_products(dup, tokens, counts)
+    del tokens
+    return *_back_to_tokens(dh, dup, dgate, position, counts, w1, w3), dw1, dw2, dw3
