@@ -125,8 +125,10 @@ def _cpu_steps(compiler: str, digest: str | None, archs: list[str]) -> list[Step
     x86 = platform.machine() in ("x86_64", "AMD64")
     mark = f'-DDSMOE_BUILT="{MARK}{digest}|{" ".join(archs)}"'
     cpu = SOURCES / "cpu"
+    torch_side = (*torch_flags, *(("-DUSE_CUDA",) if archs else ()))
     steps = [
-        Step((compiler, *_CXX_FLAGS, *torch_flags, *(("-DUSE_CUDA",) if archs else ()), mark), SOURCES / "ops.cpp"),
+        Step((compiler, *_CXX_FLAGS, *torch_side, mark), SOURCES / "ops.cpp"),
+        Step((compiler, *_CXX_FLAGS, *torch_side), SOURCES / "grouped_ops.cpp"),
         Step((compiler, *_CXX_FLAGS, *torch_flags), cpu / "launchers.cpp"),
         Step((compiler, *_CXX_FLAGS, *(("-DDSMOE_X86",) if x86 else ())), cpu / "select.cpp"),
     ]

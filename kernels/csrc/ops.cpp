@@ -2,25 +2,11 @@
 // file serves several versions of torch and of Python. The launchers of a CPU (cpu/launchers.cpp) and of a GPU
 // (cuda/*.cu, absent where nvcc was) have one interface, cuda/launchers.h. Autograd and fakes are in
 // dsmoe/ops/native/registration.py; what the arguments mean, in dsmoe/ops/__init__.py.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#define DSMOE_SYM(name) name##_cpu
-#include "cuda/launchers.h"
+#include "binding.h"
 
 #include "cpu/kernels.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using namespace dsmoe::binding;
 
 // What the build knows (kernels/build.py), in the file itself: hash of the sources and architectures of the GPU part.
 #ifndef DSMOE_BUILT
@@ -28,9 +14,6 @@ using Maybe = std::optional<Tensor>;
 #endif
 
 extern "C" {
-// Weak: null without the GPU part; and this one, of libtorch_cuda, is null in a CPU build of torch.
-__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#define DSMOE_WEAK(name) __attribute__((weak)) decltype(name##_cpu) name##_cuda;
 DSMOE_WEAK(dsmoe_route_scratch_bytes)
 DSMOE_WEAK(dsmoe_route)
 DSMOE_WEAK(dsmoe_route_backward)
@@ -50,71 +33,6 @@ __attribute__((visibility("default"))) const char* dsmoe_cpu_isa() { return dsmo
 }
 
 namespace {
-
-// Where a call runs: picks the launcher, holds the device and the stream.
-class Place {
- public:
-  explicit Place(const Tensor& t) : cuda_(t.is_cuda()) {
-    if (!cuda_) return;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "dsmoe: this torch has no CUDA");
-    guard_.emplace(t.get_device_index());
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  }
-  template <class F>
-  F* pick(F* cpu, F* cuda) const {
-    STD_TORCH_CHECK(!cuda_ || cuda, "dsmoe: the kernels were built without nvcc; set nothing and use the reference");
-    return cuda_ ? cuda : cpu;
-  }
-  void* stream = nullptr;
-
- private:
-  bool cuda_;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
-
-#define DSMOE_CALL(place, name, ...) check(place.pick(name##_cpu, name##_cuda)(__VA_ARGS__), #name)
-#define DSMOE_SCRATCH(place, like, name, ...) \
-  empty(like, {place.pick(name##_scratch_bytes_cpu, name##_scratch_bytes_cuda)(__VA_ARGS__)}, ScalarType::Byte)
-
-void check(int status, const char* name) {
-  STD_TORCH_CHECK(status != DSMOE_NOT_COVERED, name, ": this dtype or size is not covered; use the reference");
-  STD_TORCH_CHECK(status == 0, name, ": CUDA error ", status);
-}
-
-int code(ScalarType t) {
-  if (t == ScalarType::Float) return DSMOE_FLOAT32;
-  if (t == ScalarType::BFloat16) return DSMOE_BFLOAT16;
-  STD_TORCH_CHECK(t == ScalarType::Half, "dsmoe: float32, bfloat16 or float16 is needed");
-  return DSMOE_FLOAT16;
-}
-
-ScalarType type_of(int64_t code) {
-  return code == DSMOE_FLOAT32 ? ScalarType::Float : code == DSMOE_BFLOAT16 ? ScalarType::BFloat16 : ScalarType::Half;
-}
-
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
-Tensor dense_rows(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
-Maybe dense_rows(const Maybe& t) { return t ? Maybe(dense_rows(*t)) : t; }
-
-void* data(const Tensor& t) { return t.data_ptr(); }
-void* data(const Maybe& t) { return t ? t->data_ptr() : nullptr; }
-template <class T>
-T* as(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-template <class T>
-T* as(const Maybe& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
-int64_t stride_of(const Maybe& t) { return t ? t->stride(0) : 0; }
-
-void need(bool right, const char* what) { STD_TORCH_CHECK(right, "dsmoe: ", what); }
-void need_type(const Maybe& t, ScalarType type, const char* what) { need(!t || t->scalar_type() == type, what); }
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -144,11 +144,37 @@ class Kernels:
         self._run("modulate_backward", memory, DTYPES[dtype], b, t, d, *given, *out.values(), scratch)
         return out
 
-    def grouped_glu(self, rows: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, **extra) -> dict[str, Tensor]:
-        """a, h, up. extra: gate; only_a leaves h and up out."""
-        (r, d), (e, f, _), memory = rows.shape, w_gate.shape, Memory(self.offset)
+    def grouped_glu(self, x: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, **extra) -> dict[str, Tensor]:
+        """a, h, up, and with `shared` those of the shared expert. extra: order and k, gate, shared (its two matrices),
+        only_a (leaves h and up out)."""
+        (n, d), (e, f, _), memory, k = x.shape, w_gate.shape, Memory(self.offset), extra.get("k", 1)
+        shared = extra.get("shared", (None, None))
+        wide = 0 if shared[0] is None else shared[0].shape[0]
         names = ("a",) if extra.get("only_a") else ("a", "h", "up")
-        out = {name: memory.new(r, f, dtype=rows.dtype) for name in names}
-        given = (rows, w_gate, w_up, ends, extra.get("gate"))
-        self._run("grouped_glu", memory, DTYPES[rows.dtype], r, d, f, e, *given, *map(out.get, ("a", "h", "up")))
+        out = {name: memory.new(n * k, f, dtype=x.dtype) for name in names}
+        if wide:
+            out |= {f"shared_{name}": memory.new(n, wide, dtype=x.dtype) for name in names}
+        given = (x, extra.get("order"), w_gate, w_up, ends, extra.get("gate"))
+        routed, beside = (map(out.get, ("a", "h", "up")), map(out.get, ("shared_a", "shared_h", "shared_up")))
+        self._run("grouped_glu", memory, DTYPES[x.dtype], n, d, f, e, k, *given, *routed, wide, *shared, *beside)
+        return out
+
+    def grouped_dglu(self, dy: Tensor, w2: Tensor, ends: Tensor, h: Tensor, up: Tensor, **extra) -> dict[str, Tensor]:
+        """dh, dup, with a gate dgate, a unless `without_a`, and with `shared` those of the shared expert but dgate.
+        extra: order and k, gate, shared (its second matrix, h and up)."""
+        (n, d), (e, _, f), memory, k = dy.shape, w2.shape, Memory(self.offset), extra.get("k", 1)
+        shared, gate = extra.get("shared", (None, None, None)), extra.get("gate")
+        wide = 0 if shared[0] is None else shared[0].shape[1]
+        names = ("dh", "dup") if extra.get("without_a") else ("dh", "dup", "a")
+        out = {name: memory.new(n * k, f, dtype=dy.dtype) for name in names}
+        if gate is not None:
+            out["dgate"] = memory.new(n * k)
+        if wide:
+            out |= {f"shared_{name}": memory.new(n, wide, dtype=dy.dtype) for name in names}
+        routed = map(out.get, ("dh", "dup", "a", "dgate"))
+        beside = map(out.get, ("shared_dh", "shared_dup", "shared_a"))
+        scratch = memory.scratch(self.library.call("grouped_dglu_scratch_bytes", n * k, f))
+        sizes = (DTYPES[dy.dtype], n, d, f, e, k)
+        given = (dy, extra.get("order"), w2, ends, h, up, gate)
+        self._run("grouped_dglu", memory, *sizes, *given, *routed, wide, *shared, *beside, scratch)
         return out

@@ -28,13 +28,15 @@ def nvcc() -> str | None:
 
 
 def tool(name: str) -> str | None:
-    """cuobjdump or nvdisasm: from PATH, beside nvcc, or from triton's wheel; or None."""
-    spec = importlib.util.find_spec("triton")
+    """cuobjdump or nvdisasm: from PATH, beside nvcc, from NVIDIA's own wheel (nvidia-cuda-nvdisasm) or triton's; or
+    None."""
     places = [shutil.which(name)]
     if nvcc():
         places.append(str(Path(nvcc()).resolve().parent / name))
-    if spec and spec.submodule_search_locations:
-        places.append(str(Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / name))
+    for package, folder in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for root in (spec and spec.submodule_search_locations) or ():
+            places += [str(path) for path in sorted(Path(root).glob(f"{folder}/{name}"))]
     return next((p for p in places if p and os.access(p, os.X_OK)), None)
 
 

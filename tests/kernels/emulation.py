@@ -21,7 +21,7 @@ SOURCES = ROOT / "kernels" / "csrc"
 BUILDS = ROOT / "build" / "kernel_emulation"
 FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
-FAMILIES = ("route", "rows", "activation", "modulate", "grouped_glu")
+FAMILIES = ("route", "rows", "activation", "modulate", "grouped_glu", "grouped_dglu")
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -80,7 +80,7 @@ def prototypes() -> dict[str, tuple[type, list[type]]]:
     header = re.sub(r"//.*", "", (SOURCES / "cuda" / "launchers.h").read_text(encoding="utf-8"))
     found = {}
     for result, name, arguments in re.findall(r"(int|int64_t) DSMOE_SYM\((\w+)\)\(([^)]*)\);", header):
-        words = [" ".join(a.split()) for a in arguments.split(",")]
+        words = [" ".join(a.split()) for a in arguments.split(",") if a.strip()]
         found[name] = TYPES[result], [ctypes.c_void_p if "*" in w else TYPES[w.split()[0]] for w in words]
     return found
 

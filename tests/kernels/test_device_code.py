@@ -8,7 +8,7 @@ import emulation
 import pytest
 
 # Blocks of up to 1024 threads may use 64 registers, of 384 threads 168; two blocks of 256, or one of 512, 128.
-REGISTERS = {"sum_rows_backward": 64, "expert_act_backward": 64, "grouped_glu": 168}
+REGISTERS = {"sum_rows_backward": 64, "expert_act_backward": 64, "grouped_glu": 168, "grouped_dglu": 168}
 MOST_REGISTERS = 128
 # The kernels are laid out for sm_90a, where none with 128-bit access may spill. The other bounds are no requirement:
 # they were set after a first run, to the worst seen (48 bytes; 124 on the single-element path of odd shapes), so that a
@@ -55,7 +55,7 @@ def test_registers_and_spills(builds, architecture):
 @pytest.fixture(scope="module")
 def code(builds):
     if not (device_code.tool("nvdisasm") or device_code.tool("cuobjdump")):
-        pytest.skip("no nvdisasm or cuobjdump (CUDA toolkit or triton's wheel): machine code is not read")
+        pytest.skip("no nvdisasm or cuobjdump (CUDA toolkit, nvidia-cuda-nvdisasm or triton): machine code is not read")
     return {
         name: instructions
         for family in emulation.FAMILIES
@@ -81,9 +81,13 @@ def test_no_local_memory_in_vector_kernels(code):
     assert not found, found[:5]
 
 
-def test_the_grouped_product_runs_on_tensor_cores(code):
-    (body,) = [body for name, body in code.items() if kernel(name) == "grouped_glu"]
+@pytest.mark.parametrize("name", ["grouped_glu", "grouped_dglu"])
+def test_the_grouped_products_run_on_tensor_cores(code, name):
+    (body,) = [body for mangled, body in code.items() if kernel(mangled) == name]
     text = "\n".join(body)
     assert "HGMMA.64x128x16.F32.BF16" in text
-    assert "UTMALDG.2D" in text
+    assert "UTMALDG.3D" in text, "weights and rows in order come by TMA"
+    assert re.search(r"LDGSTS\S*\.128", text), "gathered rows are copied 16 bytes at a time"
+    assert "ARRIVES.LDGSTSBAR" in text, "their landing is counted"
+    assert "FENCE.VIEW.ASYNC" in text, "products see them"
     assert "USETMAXREG" in text

@@ -7,7 +7,7 @@ reference.
 import torch
 from torch import Tensor
 
-from dsmoe.ops.native import ffn, library
+from dsmoe.ops.native import ffn, glu, library
 from dsmoe.ops.native.registration import register
 from dsmoe.ops.reference import activation, modulation, routing, rows
 from dsmoe.ops.reference import ffn as composed
@@ -16,6 +16,7 @@ from dsmoe.ops.reference.routing import Routing
 LIBRARY = library.load()
 if LIBRARY.loaded:
     register()
+    glu.declare()
     ffn.declare()
 # Device types that the kernels serve here.
 DEVICES = frozenset(["cpu", *(["cuda"] if LIBRARY.archs else [])] if LIBRARY.loaded else [])

@@ -3,19 +3,25 @@
 The gate is folded into the activation (a_r = gate_r act(h_r)), so that the way back is a plain sum of rows, the second
 product's result is not kept, and the gate's gradient falls out of the activation's backward. Kept for the backward
 are the tokens, h and up; with `recompute` the tokens alone. Beside them, with `ada_gate`, the sum that it multiplies, in
-the dtype of the tokens: what a gate of its own would keep. On a CPU the experts go one after the other, so that rows
-stay in the cache and temporaries are those of one expert; on a GPU all go through the library's grouped product.
+the dtype of the tokens: what a gate of its own would keep. The products go by a `variant`, which is an argument of the
+operation:
+
+- "library": on a CPU the experts go one after the other, so that rows stay in the cache and temporaries are those of
+  one expert; on a GPU all go through the library's grouped product.
+- "glu": first product, SwiGLU and gate in one kernel, and the backward of the second with that of SwiGLU (glu.py).
 """
 
 import torch
 from torch import Tensor
 
 from dsmoe.ops import products
+from dsmoe.ops.native.glu import grouped_dglu, grouped_glu
 from dsmoe.ops.native.registration import DTYPE_CODES, refuse_gradient
 from dsmoe.ops.reference.grouped import outer_products, rows_times_matrices
 from dsmoe.ops.reference.routing import Routing
 
 _SWIGLU = 0
+LIBRARY, GLU = "library", "glu"
 _PLACES = "Tensor x, Tensor gates, Tensor indices, Tensor order, Tensor position, Tensor counts, Tensor ends"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor w3"
 
@@ -25,19 +31,21 @@ def declare() -> None:
     define, implement = torch.library.define, torch.library.impl
     define(
         "dsmoe::moe_ffn",
-        f"({_PLACES}, {_WEIGHTS}, Tensor? add, Tensor? residual, Tensor? ada_gate, int kind, bool keep, "
+        f"({_PLACES}, {_WEIGHTS}, Tensor? add, Tensor? residual, Tensor? ada_gate, int kind, str variant, bool keep, "
         "bool keep_branch) -> (Tensor y, Tensor h, Tensor up, Tensor branch)",
     )
     define(
         "dsmoe::moe_ffn_backward",
         f"(Tensor dy, {_PLACES}, {_WEIGHTS}, Tensor? h, Tensor? up, Tensor? branch, Tensor? ada_gate, int kind, "
-        "bool weights, bool added) -> (Tensor dx, Tensor dgates, Tensor dw1, Tensor dw2, Tensor dw3, Tensor dadd, "
-        "Tensor dada)",
+        "str variant, bool weights, bool added) -> (Tensor dx, Tensor dgates, Tensor dw1, Tensor dw2, Tensor dw3, "
+        "Tensor dadd, Tensor dada)",
     )
-    implement("dsmoe::moe_ffn", "CPU", _forward_by_expert)
-    implement("dsmoe::moe_ffn", "CUDA", _forward_grouped)
-    implement("dsmoe::moe_ffn_backward", "CPU", _backward_by_expert)
-    implement("dsmoe::moe_ffn_backward", "CUDA", _backward_grouped)
+    for device, forward, backward in (
+        ("CPU", _forward_by_expert, _backward_by_expert),
+        ("CUDA", _forward_grouped, _backward_grouped),
+    ):
+        implement("dsmoe::moe_ffn", device, _by_variant(forward, _forward_glu))
+        implement("dsmoe::moe_ffn_backward", device, _by_variant(backward, _backward_glu))
     torch.library.register_fake("dsmoe::moe_ffn", _fake)
     torch.library.register_fake("dsmoe::moe_ffn_backward", _fake_backward)
     torch.library.register_autograd("dsmoe::moe_ffn", _gradient, setup_context=_save)
@@ -60,15 +68,34 @@ def call(
     keep = torch.is_grad_enabled() and not recompute
     places = (to.gates, to.indices, to.order, to.position, to.counts, to.ends)
     keep_branch = ada_gate is not None and ada_gate.requires_grad and torch.is_grad_enabled()
-    beside = (add, residual, ada_gate)
-    return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, *beside, kind, keep, keep_branch)[0]
+    how = (kind, _variant(x, w1, kind), keep, keep_branch)
+    return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, add, residual, ada_gate, *how)[0]
+
+
+def _variant(x: Tensor, w1: Tensor, kind: int) -> str:
+    """The variant for these tokens and experts: the library's, since "glu" was never measured."""
+    return LIBRARY
+
+
+def _by_variant(library, glu):
+    """An implementation that takes (..., kind, variant, flag, flag)."""
+
+    def run(*arguments):
+        *given, kind, variant, first, second = arguments
+        if variant == GLU and kind == _SWIGLU:
+            return glu(*given, first, second)
+        if variant != LIBRARY:
+            raise ValueError(f'moe_ffn: variant {variant!r}; "{LIBRARY}" serves all experts, "{GLU}" those of swiglu.')
+        return library(*given, kind, first, second)
+
+    return run
 
 
 # ---- autograd and fakes
 
 
 def _save(ctx, inputs, output):
-    x, *places, w1, w2, w3, add, residual, ada_gate, ctx.kind, keep, keep_branch = inputs
+    x, *places, w1, w2, w3, add, residual, ada_gate, ctx.kind, ctx.variant, keep, keep_branch = inputs
     _, h, up, branch = output
     kept = (h, up if ctx.kind == _SWIGLU else None) if keep else (None, None)
     ctx.save_for_backward(x, *places, w1, w2, w3, *kept, branch if keep_branch else None, ada_gate)
@@ -79,20 +106,20 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy, *_):
     if dy is None:
-        return (None,) * 16
+        return (None,) * 17
     weights = any(ctx.needs_input_grad[7:10])
     dx, dgates, dw1, dw2, dw3, dadd, dada = torch.ops.dsmoe.moe_ffn_backward(
-        dy.contiguous(), *ctx.saved_tensors, ctx.kind, weights, ctx.add
+        dy.contiguous(), *ctx.saved_tensors, ctx.kind, ctx.variant, weights, ctx.add
     )
     dweights = (dw1, dw2, dw3) if weights else (None, None, None)
     dadd = (dadd if ctx.gated else dy) if ctx.add else None
     dresidual, dada = dy if ctx.residual else None, dada if ctx.keep_branch else None
-    return dx, dgates, None, None, None, None, None, *dweights, dadd, dresidual, dada, None, None, None
+    return dx, dgates, None, None, None, None, None, *dweights, dadd, dresidual, dada, None, None, None, None
 
 
 def _fake(
     x, gates, indices, order, position, counts, ends, w1, w2, w3, add, residual, ada_gate,
-    kind: int, keep: bool, keep_branch: bool,
+    kind: int, variant: str, keep: bool, keep_branch: bool,
 ):  # fmt: skip
     hidden = (order.shape[0], w1.shape[1]) if keep else (0,)
     branch = x.new_empty(x.shape if keep_branch else (0,))
@@ -101,7 +128,7 @@ def _fake(
 
 def _fake_backward(
     dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, branch, ada_gate,
-    kind: int, weights: bool, added: bool,
+    kind: int, variant: str, weights: bool, added: bool,
 ):  # fmt: skip
     given = (w1, w2, w3) if weights else ()
     made = [w.new_empty(w.shape) for w in given] or [x.new_empty(0) for _ in range(3)]
@@ -311,14 +338,57 @@ def _backward_grouped(
     else:
         dw2, dw3 = x.new_empty(0), x.new_empty(0)
     del a, dyr, tokens
-    drows = rows_times_matrices(dh, w1, counts)
-    if swiglu:
-        drows += rows_times_matrices(dup, w3, counts)
-    dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
+    dx, dgates = _back_to_tokens(dh, dup if swiglu else None, dgate, position, counts, w1, w3)
     if not swiglu:
         more, db2 = _bias_gradients(dy, gates, indices, b2)
         dgates += more
         if weights:
             dw3[:, 0] = torch.cat([db1.float(), db2], dim=1)
-    dx = torch.ops.dsmoe.sum_rows(drows, position, None, None, None, None, False, False)[0]
     return dx, dgates, dw1, dw2, dw3, *beside
+
+
+def _back_to_tokens(dh, dup, dgate, position, counts, w1, w3) -> tuple[Tensor, Tensor]:
+    """dx [N, D] and dgates [N, k] from the gradients of rows."""
+    drows = rows_times_matrices(dh, w1, counts)
+    if dup is not None:
+        drows += rows_times_matrices(dup, w3, counts)
+    dx = torch.ops.dsmoe.sum_rows(drows, position, None, None, None, None, False, False)[0]
+    return dx, dgate.index_select(0, position.reshape(-1)).view(position.shape)
+
+
+# ---- SwiGLU in the products
+
+
+def _forward_glu(
+    x, gates, indices, order, position, counts, ends, w1, w2, w3, add, residual, ada_gate,
+    keep: bool, keep_branch: bool,
+):  # fmt: skip
+    a, h, up = grouped_glu(x, order, position.shape[1], w1, w3, ends, _row_gates(gates, order), keep)
+    rows = rows_times_matrices(a, w2.mT, counts)
+    y, branch = _finish(rows, position, add, residual, ada_gate, None, keep_branch)
+    return y, h, up, branch
+
+
+def _backward_glu(
+    dy, x, gates, indices, order, position, counts, ends, w1, w2, w3, h, up, branch, ada_gate,
+    weights: bool, added: bool,
+):  # fmt: skip
+    row_gates, k, a = _row_gates(gates, order), position.shape[1], None
+    if h is None:
+        a, h, up = grouped_glu(x, order, k, w1, w3, ends, row_gates, True)
+    again = weights and a is None
+    if not weights and ada_gate is None:
+        dh, dup, _, dgate = grouped_dglu(dy, order, k, w2, ends, h, up, row_gates, False)
+        none = (x.new_empty(0) for _ in range(5))
+        return *_back_to_tokens(dh, dup, dgate, position, counts, w1, w3), *none
+    # Rows of dy are needed for dw2 too, or come gated; so the product need not gather once more.
+    dyr, _, *beside = _begin_backward(dy, order, position, branch, ada_gate, added)
+    dh, dup, made, dgate = grouped_dglu(dyr, None, 1, w2, ends, h, up, row_gates, again)
+    back = _back_to_tokens(dh, dup, dgate, position, counts, w1, w3)
+    if not weights:
+        return *back, *(x.new_empty(0) for _ in range(3)), *beside
+    dw2 = outer_products(dyr, made if again else a, counts)
+    del a, made, dyr
+    tokens = torch.ops.dsmoe.gather_rows(x, order, position)
+    dw1, dw3 = outer_products(dh, tokens, counts), outer_products(dup, tokens, counts)
+    return *back, dw1, dw2, dw3, *beside

@@ -12,9 +12,10 @@ namespace dsmoe {
 
 using TensorMap = CUtensorMap;
 
-// The driver's encoder is looked up through the runtime, so that nothing links against the driver.
-inline bool make_tensor_map(TensorMap* map, const void* base, int64_t rows, int64_t columns, int box_rows,
-                            int box_columns) {
+// The driver's encoder is looked up through the runtime, so that nothing links against the driver. What a box holds
+// beyond the matrix [rows, columns] of a stack of `matrices` reads as zero.
+inline bool make_tensor_map(TensorMap* map, const void* base, int64_t matrices, int64_t rows, int64_t columns,
+                            int box_rows, int box_columns) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -24,12 +25,13 @@ inline bool make_tensor_map(TensorMap* map, const void* base, int64_t rows, int6
           cudaSuccess ||
       query != cudaDriverEntryPointSuccess)
     return false;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return reinterpret_cast<Encode>(found)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes,
-                                         row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(matrices)};
+  const cuuint64_t strides[2] = {sizes[0] * 2, sizes[0] * sizes[1] * 2};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  return reinterpret_cast<Encode>(found)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), sizes,
+                                         strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
@@ -69,19 +71,40 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* b, int parity) {
       "r"(parity)
       : "memory");
 }
-// A box of the mapped matrix from (row, column) to shared memory; its bytes count at the mbarrier.
-__device__ __forceinline__ void tensor_copy(void* target, const TensorMap* map, uint64_t* barrier, int column,
-                                            int row) {
+// A box of one mapped matrix from (row, column) to shared memory; its bytes count at the mbarrier.
+__device__ __forceinline__ void tensor_copy(void* target, const TensorMap* map, uint64_t* barrier, int column, int row,
+                                            int matrix) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(target)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(matrix)
       : "memory");
+}
+
+// 16 bytes to shared memory by this thread; zeros unless `valid` (source is then not read, but must be an address).
+__device__ __forceinline__ void copy16(void* target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+// An arrival at the mbarrier, of those that it was made for, once all copy16 of this thread so far have landed.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
+// copy16 writes like a thread, wgmma reads like TMA: between the two, after the wait, a thread needs this.
+__device__ __forceinline__ void fence_copies_before_wgmma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // A K-major tile of 128-byte rows under the 128-byte swizzle: groups of 8 rows lie 1024 bytes apart.
 __device__ __forceinline__ uint64_t tile_descriptor(const void* tile) {
   return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+// A tile of which the product's depth runs along the rows (128 bytes, 64 columns) under the same swizzle: 8 rows lie
+// 1024 bytes apart from the next 8, 64 columns `apart` bytes from the next 64.
+__device__ __forceinline__ uint64_t upright_descriptor(const void* tile, int apart) {
+  return (shared_address(tile) & 0x3ffff) >> 4 | static_cast<uint64_t>(apart >> 4) << 16 | uint64_t{1024 >> 4} << 32 |
+         uint64_t{1} << 62;
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -102,7 +125,9 @@ __device__ __forceinline__ void registers_fewer() {
 #define DSMOE_SUMS8(i)                                                                                    \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
-// sums[64 x 128 of the warpgroup] += a[64 x 16] b[128 x 16]^T, bf16 into float.
+// sums[64 x 128 of the warpgroup] += a[64 x 16] b, bf16 into float. b: 128 x 16 by tile_descriptor, taken transposed;
+// with kUpright 16 x 128 by upright_descriptor.
+template <bool kUpright>
 __device__ __forceinline__ void wgmma_64x128x16(float (&sums)[64], uint64_t a, uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -110,10 +135,10 @@ __device__ __forceinline__ void wgmma_64x128x16(float (&sums)[64], uint64_t a, u
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, 1, 1, 1, 0, 0;"
+      "%64, %65, 1, 1, 1, 0, %66;"
       : DSMOE_SUMS8(0), DSMOE_SUMS8(8), DSMOE_SUMS8(16), DSMOE_SUMS8(24), DSMOE_SUMS8(32), DSMOE_SUMS8(40),
         DSMOE_SUMS8(48), DSMOE_SUMS8(56)
-      : "l"(a), "l"(b));
+      : "l"(a), "l"(b), "n"(kUpright ? 1 : 0));
 }
 #undef DSMOE_SUMS8
 

@@ -117,16 +117,39 @@ int DSMOE_SYM(dsmoe_modulate_backward)(int dtype, int64_t B, int64_t T, int64_t 
                                        const void* scale, int64_t mod_stride, const float* mean, const float* rstd,
                                        void* dx, void* dshift, void* dscale, void* scratch, void* stream);
 
-// ---- grouped_glu.cu (tier B) ---------------------------------------------------------------------------------------
-// The experts' first product with SwiGLU and the gate in its epilogue, on Hopper's tensor cores (wgmma, TMA):
-//   h = rows[r] w_gate[e(r)]^T, up = rows[r] w_up[e(r)]^T (summed in float32), a = gate?[r] * silu(h) * up
-//   rows [R,D] T, w_gate and w_up [E,F,D] T, ends [E] -> a [R,F] T, h? and up? [R,F] T (for the backward). Rows from
-//   ends[E-1] on are not written.
-// Not covered: a device other than compute capability 9.0; dtype other than bfloat16; D or F not a multiple of 8; a
-// pointer that is not 16-byte aligned; D = 0.
-int DSMOE_SYM(dsmoe_grouped_glu)(int dtype, int64_t R, int64_t D, int64_t F, int E, const void* rows,
-                                 const void* w_gate, const void* w_up, const int32_t* ends, const float* gate, void* a,
-                                 void* h, void* up, void* stream);
+// ---- grouped_glu.cu, grouped_dglu.cu (tier B) ----------------------------------------------------------------------
+// On Hopper's tensor cores (wgmma, TMA), sums in float32. Both take their rows from tokens [N,D] by `order` [N*k] (slot
+// of each row; its token is slot / k), or with order null and k = 1 rows [N,D] that already lie in expert order. e(r)
+// is the number of ends <= r; rows from ends[E-1] on are not written. With shared_F > 0 (which needs `order`) the
+// shared expert's products over all N tokens are further tiles of the same launch, without gate; all shared_* inputs
+// must then be given.
+// Not covered: a device other than compute capability 9.0 (dsmoe_has_wgmma says 1 where it serves, and reads only the
+// device's properties); dtype other than bfloat16; D, F or shared_F not a multiple of 8; a pointer that is not 16-byte
+// aligned; D = 0 or F = 0.
+int DSMOE_SYM(dsmoe_has_wgmma)();
+
+// The experts' first product with SwiGLU and the gate in its epilogue:
+//   h = row r times w_gate[e(r)]^T, up = row r times w_up[e(r)]^T, a = gate?[r] * silu(h) * up
+//   w_gate and w_up [E,F,D] T, ends [E] -> a [R,F] T, h? and up? [R,F] T (for the backward).
+//   shared_gate and shared_up [shared_F,D] T -> shared_a [N,shared_F] T, shared_h? and shared_up_out? of that shape.
+int DSMOE_SYM(dsmoe_grouped_glu)(int dtype, int64_t N, int64_t D, int64_t F, int E, int k, const void* x,
+                                 const int64_t* order, const void* w_gate, const void* w_up, const int32_t* ends,
+                                 const float* gate, void* a, void* h, void* up, int64_t shared_F,
+                                 const void* shared_gate, const void* shared_up, void* shared_a, void* shared_h,
+                                 void* shared_up_out, void* stream);
+
+// The backward of the second product with that of SwiGLU and the gate in its epilogue; da is never written:
+//   da = row r of dy times w2[e(r)], w2 [E,D,F] T; h, up [R,F] T, gate? [R] as in the forward
+//   -> dh, dup [R,F] T, a? [R,F] T (gate * act, for the weight gradient), dgate? [R] = <da[r], act(r)>.
+//   shared_w2 [D,shared_F], shared_h, shared_up [N,shared_F] T -> shared_dh, shared_dup, shared_a? of that shape.
+// Scratch is used only when dgate is wanted.
+int64_t DSMOE_SYM(dsmoe_grouped_dglu_scratch_bytes)(int64_t R, int64_t F);
+int DSMOE_SYM(dsmoe_grouped_dglu)(int dtype, int64_t N, int64_t D, int64_t F, int E, int k, const void* dy,
+                                  const int64_t* order, const void* w2, const int32_t* ends, const void* h,
+                                  const void* up, const float* gate, void* dh, void* dup, void* a, float* dgate,
+                                  int64_t shared_F, const void* shared_w2, const void* shared_h,
+                                  const void* shared_up, void* shared_dh, void* shared_dup, void* shared_a,
+                                  void* scratch, void* stream);
 
 #ifdef __cplusplus
 }
