@@ -49,8 +49,8 @@ _REFERENCE = (
     ffn.moe_ffn,
     ffn.expert_rows,
 )
-# Before the reference, so the default where they serve: measured on a CPU, table in kernels/README.md. A variant of one,
-# which only a preference or a measurement chooses, is an Implementation NAME:VARIANT behind it in its tuple.
+# Before the reference, so the default where they serve: measured on a CPU, table in kernels/README.md. A variant,
+# which only a preference or a measurement chooses, is an Implementation NAME:VARIANT behind its NAME.
 _NATIVE = {
     function.__name__: (Implementation("native", function, native.DEVICES),)
     for function in (

@@ -37,8 +37,8 @@ def cases(spec: ModelSpec, tokens: int, device: torch.device, dtype: torch.dtype
     """
 
     def draw(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
-        generator = torch.Generator().manual_seed(sum(shape))
-        return (scale * torch.randn(shape, generator=generator)).to(device, kind)
+        generator = torch.Generator(device).manual_seed(sum(shape))
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(kind)
 
     images = max(tokens // IMAGE_TOKENS, 1)
     found = {"modulate": lambda: _modulate(draw, images, tokens // images, spec.dim)}
