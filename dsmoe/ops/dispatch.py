@@ -67,10 +67,13 @@ class Op:
         forced = _selection.forced
         if forced is not None:
             return self.named(forced, device_type)
-        for wanted in (_selection.preferred.get(self.name), tuned, None):
-            for candidate in self.implementations:
-                if candidate.name == (wanted or candidate.name) and candidate.serves(device_type):
+        for wanted in (_selection.preferred.get(self.name), tuned):
+            for candidate in self.implementations if wanted is not None else ():
+                if candidate.name == wanted and candidate.serves(device_type):
                     return candidate
+        for candidate in self.implementations:
+            if candidate.serves(device_type):
+                return candidate
         return self.named(None, device_type)
 
     def named(self, name: str | None, device_type: str) -> Implementation:

@@ -25,7 +25,7 @@ OPS = pytest.mark.parametrize("op", ops.tunable())
 def made(
     op: str, name: str, dtype: torch.dtype, tokens: int = 1024
 ) -> tuple[dict[str, torch.Tensor], Callable[[], None], list[torch.Tensor]]:
-    """Inputs of an op at a preset's shapes, its forward and backward pass, and the list that holds what that gave last."""
+    """Inputs of an op at a preset's shapes, its forward and backward pass, and the list of what that gave."""
     case = cases(preset(name), tokens, torch.device("cuda"), dtype)[op]()
     given = {key: t.detach().requires_grad_() for key, t in case.inputs.items()}
     implementation, kept = ops.operation(op).named("native", "cuda"), []
