@@ -26,6 +26,7 @@ setup(
         "dsmoe.base": ["recipes/*.yaml"],
         "dsmoe.codec": ["weights/*.safetensors"],
         "dsmoe.evaluation": ["weights/*.safetensors"],
+        "dsmoe.ops": ["tuning_defaults.json"],
         "dsmoe.ops.native": ["libdsmoe_kernels.so.1"],
     },
     python_requires=">=3.11",

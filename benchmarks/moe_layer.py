@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if given.peak:
         print("PEAK", peak(**json.loads(given.peak)))
         return 0
-    _single_process()
+    single_process()
     found = _load(given.write)
     for dtype in given.dtypes:
         for dim in given.dims:
@@ -70,18 +70,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def our_layer(dim: int, dtype: str, device: str, kind: str = "swiglu") -> MoE:
+    """Ours; kind "gelu" is the paper's upcycled layer, without a shared expert."""
+    torch.manual_seed(0)
+    shared = 2.0 if kind == "swiglu" else 0.0
+    spec = ModelSpec(depth=1, dim=dim, heads=1, num_experts=EXPERTS, top_k=2, expert_kind=kind, shared_ratio=shared)
+    return MoE(spec).to(device, getattr(torch, dtype))
+
+
 def build(dim: int, dtype: str, device: str, names: list[str]) -> dict[str, torch.nn.Module]:
     """Ours and the rivals with its weights."""
-    torch.manual_seed(0)
-    spec = ModelSpec(depth=1, dim=dim, heads=1, num_experts=EXPERTS, top_k=2, shared_ratio=2.0)
-    ours = MoE(spec).to(device, getattr(torch, dtype))
+    ours = our_layer(dim, dtype, device)
     return {OURS: ours} | {name: RIVALS[name](ours).to(device) for name in names}
 
 
 def measure(key: dict, names: list[str], rounds: int) -> dict:
     """Seconds of every layer in every round."""
     layers = build(key["dim"], key["dtype"], key["device"], names)
-    x, grad = _inputs(key)
+    x, grad = inputs(key)
     truth = layers[OURS](x[None])[0][0].detach()
     agreed = {}
     for name in names:
@@ -117,12 +123,12 @@ def step(layer: torch.nn.Module, name: str, x: torch.Tensor, grad: torch.Tensor,
 def peak(dim: int, tokens: int, dtype: str, name: str, **_: object) -> float:
     """MiB by which the resident set rises above that before the step."""
     if name == "DeepSpeed MoE":
-        _single_process()
+        single_process()
     layers = build(dim, dtype, "cpu", [] if name == OURS else [name])
-    small, small_grad = _inputs({"dim": dim, "tokens": 64, "dtype": dtype, "device": "cpu"})
+    small, small_grad = inputs({"dim": dim, "tokens": 64, "dtype": dtype, "device": "cpu"})
     step(layers[name], name, small, small_grad, "cpu")  # libraries loaded, their buffers made
     layers[name].zero_grad(set_to_none=True)
-    x, grad = _inputs({"dim": dim, "tokens": tokens, "dtype": dtype, "device": "cpu"})
+    x, grad = inputs({"dim": dim, "tokens": tokens, "dtype": dtype, "device": "cpu"})
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident set
     before = _status("VmRSS")
     step(layers[name], name, x, grad, "cpu")
@@ -143,7 +149,8 @@ def _status(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def _inputs(key: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(key: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [N, D] and the upstream gradient of a cell."""
     generator = torch.Generator().manual_seed(1)
     shape = (key["tokens"], key["dim"])
     made = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -155,7 +162,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _single_process() -> None:
+def single_process() -> None:
     """DeepSpeed's own layer asks for a process group."""
     import logging
 

@@ -1,7 +1,7 @@
 """What one would write or take instead of `dsmoe.moe.MoE`: MoE layers with its weights, for benchmarks/moe_layer.py.
 
-Each takes tokens [N, D] and returns [N, D]: top-2 softmax over all experts, not renormalised, SwiGLU experts and a
-shared one. All but `deepspeed_moe` compute the same numbers.
+Each takes tokens [N, D] and returns [N, D]: top-2 softmax over all experts, not renormalised, and a shared expert where
+ours has one. All but `DeepSpeedMoE` compute the same numbers. Those that only make sense on a GPU: moe_gpu_rivals.py.
 """
 
 import math
@@ -17,6 +17,7 @@ class Rival(nn.Module):
     """Holds our layer's parameters; subclasses say how routed tokens are computed."""
 
     same_numbers = True
+    kinds = ("swiglu", "gelu")  # of experts that it can have
 
     def __init__(self, ours: MoE) -> None:
         super().__init__()
@@ -26,15 +27,21 @@ class Rival(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         probs = F.linear(x.float(), self.ours.gate.weight.float()).softmax(-1)
         gates, indices = probs.topk(self.k, dim=-1)
-        shared = self.ours.shared_experts
-        beside = F.linear(F.silu(shared.gate_proj(x)) * shared.up_proj(x), shared.down_proj.weight)
-        return self.routed(x, gates, indices) + beside
+        y, shared = self.routed(x, gates, indices), self.ours.shared_experts
+        if shared is None:
+            return y
+        return y + F.linear(F.silu(shared.gate_proj(x)) * shared.up_proj(x), shared.down_proj.weight)
 
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def expert(self, rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
+    def expert(self, rows: Tensor, i: int) -> Tensor:
+        """Rows through expert i."""
+        w1, w2, w3 = self.experts.w1[i], self.experts.w2[i], self.experts.w3[i]
+        if self.experts.kind == "swiglu":
+            return F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
+        b1, b2 = w3[0].split((w1.shape[0], w1.shape[1]))
+        return F.linear(F.gelu(F.linear(rows, w1, b1), approximate="tanh"), w2, b2)
 
     def by_expert(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots in expert order, their tokens' rows, and how many each expert has."""
@@ -49,10 +56,9 @@ class Loop(Rival):
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
         repeated, flat = x.repeat_interleave(self.k, dim=0), indices.flatten()
         y = torch.empty_like(repeated)
-        e = self.experts
         for i in range(self.count):
             mine = flat == i
-            y[mine] = self.expert(repeated[mine], e.w1[i], e.w2[i], e.w3[i])
+            y[mine] = self.expert(repeated[mine], i)
         return (y.view(*indices.shape, -1) * gates.to(x.dtype)[..., None]).sum(1)
 
 
@@ -61,15 +67,16 @@ class Slices(Rival):
 
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
         order, rows, counts = self.by_expert(x, indices)
-        e = self.experts
         parts = rows.split(counts.tolist())
-        y = torch.cat([self.expert(part, e.w1[i], e.w2[i], e.w3[i]) for i, part in enumerate(parts)])
+        y = torch.cat([self.expert(part, i) for i, part in enumerate(parts)])
         y = y * gates.flatten()[order].to(x.dtype)[:, None]
         return torch.zeros_like(x).index_add(0, order // self.k, y)
 
 
 class Einsum(Rival):
     """GShard: one-hot dispatch and combine tensors, room for the busiest expert's tokens, so that none is dropped."""
+
+    kinds = ("swiglu",)
 
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
         chosen = F.one_hot(indices, self.count)  # [N, k, E]
@@ -86,6 +93,8 @@ class Einsum(Rival):
 
 class AutoEP(Rival):
     """DeepSpeed's AutoEP experts (deepspeed.moe.ep_experts.GroupedExperts) between sorted rows and a weighted sum."""
+
+    kinds = ("swiglu",)
 
     def __init__(self, ours: MoE) -> None:
         super().__init__(ours)
@@ -106,6 +115,7 @@ class DeepSpeedMoE(Rival):
     """deepspeed.moe.layer.MoE: renormalised gates, so other numbers; experts of its own; nothing dropped."""
 
     same_numbers = False
+    kinds = ("swiglu",)
 
     def __init__(self, ours: MoE) -> None:
         super().__init__(ours)

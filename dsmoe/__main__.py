@@ -1,5 +1,5 @@
 """`python -m dsmoe COMMAND`: what the machine offers, which recipes there are, what a run has saved, what
-a model costs and where it fits.
+a model costs and where it fits, which implementation of an operation is fastest here.
 
 Training starts from launchers/.
 """
@@ -12,6 +12,7 @@ from dsmoe import __version__
 from dsmoe.base.errors import EXIT_BAD_INPUT, UserError
 from dsmoe.convert.options import add_arguments as add_convert_options
 from dsmoe.scaling.options import add_arguments as add_plan_options
+from dsmoe.scaling.tune_options import add_arguments as add_tune_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +29,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dsmoe",
         description="What this machine offers, which recipes there are, what a run has saved, what a model costs and "
-        "where it fits. Training starts from launchers/.",
+        "where it fits, which implementation is fastest here. Training starts from launchers/.",
     )
     parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="print what was found here and which implementation each op uses")
     doctor.add_argument("--no-measure", action="store_true", help="leave out the timing of a matrix product")
     doctor.add_argument("--deepspeed_config", metavar="FILE", help="show the ops as a run with this file uses them")
+    doctor.add_argument(
+        "--ds_report", action="store_true", help="then DeepSpeed's own report, with our operations in it"
+    )
     doctor.set_defaults(run=_doctor)
     recipes = commands.add_parser("recipes", help="list the recipes that --recipe accepts by name")
     recipes.set_defaults(run=_recipes)
@@ -59,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="lay a model out over a cluster: memory, traffic, a ranked recommendation")
     add_plan_options(plan)
     plan.set_defaults(run=_plan)
+    tune = commands.add_parser("tune", help="measure each op's implementations here; dispatch reads what it writes")
+    add_tune_options(tune)
+    tune.set_defaults(run=_tune)
     convert = commands.add_parser("convert", help="weights of DiT, SiT, DiT-MoE, diffusers, DeepSpeed, ours: both ways")
     add_convert_options(convert)
     convert.set_defaults(run=_convert)
@@ -69,12 +76,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
     # Imported here, as in every command, so that --help needs no torch.
     from dsmoe import ops
     from dsmoe.ds_config import load_policy
+    from dsmoe.ops import tuning
     from dsmoe.runtime.device import Device
     from dsmoe.runtime.doctor import report
 
     if arguments.deepspeed_config:
         ops.prefer(load_policy(arguments.deepspeed_config).block.ops, Device.pick().kind)
     _print_table([("dsmoe", __version__), *report(ops.implementations, ops.kernels(), not arguments.no_measure)])
+    _print_table([("tuning", line) for line in tuning.describe(Device.pick().name)])
+    if arguments.ds_report:
+        from dsmoe.training import ds_report
+
+        print(flush=True)
+        ds_report.show()
     return 0
 
 
@@ -120,6 +134,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     print(report.run(arguments))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from dsmoe.scaling import tune
+
+    return tune.run(arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

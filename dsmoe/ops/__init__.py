@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens, D dim, N tokens flattened, E experts, k choices, R = N*k rows in expert order (all
 rows of expert 0 first).
 
-Each op runs the best implementation for the device of its first argument (`implementations()` lists them), or the
-one that `prefer()` names; `dsmoe.ops.random` is apart, because random integers must be the same everywhere.
+Each op runs the best implementation for the device of its first argument (`implementations()` lists them): the one that
+`prefer()` names, else the one measured fastest for its sizes (dsmoe.ops.tuning), else the first; `dsmoe.ops.random` is
+apart, because random integers must be the same everywhere.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from dsmoe.base.errors import ConfigError, choose_from
-from dsmoe.ops import megatron, native
+from dsmoe.ops import megatron, native, sizes
 from dsmoe.ops.dispatch import Implementation, Op, set_preferred, use
 from dsmoe.ops.reference import activation, ffn, grouped, modulation, routing, rows
 from dsmoe.ops.reference.routing import Routing
@@ -29,9 +30,11 @@ __all__ = [
     "kernels",
     "modulate",
     "moe_ffn",
+    "operation",
     "prefer",
     "route",
     "sum_rows",
+    "tunable",
     "use",
 ]
 
@@ -46,7 +49,8 @@ _REFERENCE = (
     ffn.moe_ffn,
     ffn.expert_rows,
 )
-# Before the reference, so the default where they serve: measured on a CPU, table in kernels/README.md.
+# Before the reference, so the default where they serve: measured on a CPU, table in kernels/README.md. A variant,
+# which only a preference or a measurement chooses, is an Implementation NAME:VARIANT behind its NAME.
 _NATIVE = {
     function.__name__: (Implementation("native", function, native.DEVICES),)
     for function in (
@@ -65,8 +69,22 @@ _OTHERS = {
 }
 
 
+_SIZES = {
+    function.__name__: function
+    for function in (
+        sizes.route,
+        sizes.gather_rows,
+        sizes.sum_rows,
+        sizes.expert_act,
+        sizes.modulate,
+        sizes.moe_ffn,
+    )
+}
+
+
 def _op(name: str, reference: Callable) -> Op:
-    return Op(name, (*_NATIVE.get(name, ()), Implementation("reference", reference), *_OTHERS.get(name, ())))
+    every = (*_NATIVE.get(name, ()), Implementation("reference", reference), *_OTHERS.get(name, ()))
+    return Op(name, every, _SIZES.get(name))
 
 
 _OPS = {function.__name__: _op(function.__name__, function) for function in _REFERENCE}
@@ -80,6 +98,16 @@ def kernels() -> str:
 def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     """(op, implementation in use, all that serve the device) for each op, on "cpu", "cuda", ..."""
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
+
+
+def operation(name: str) -> Op:
+    """An op by name, with its implementations and the sizes that tuning goes by."""
+    return _OPS[name]
+
+
+def tunable() -> tuple[str, ...]:
+    """Ops of which `python -m dsmoe tune` measures the implementations."""
+    return tuple(name for name, op in _OPS.items() if op.sizes is not None)
 
 
 def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:

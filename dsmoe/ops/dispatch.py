@@ -1,10 +1,14 @@
-"""Which implementation serves an operation: by device type, printable, preferred by name, overridable in tests."""
+"""Which implementation serves an operation: by device type, printable, measured or preferred by name, overridable in
+tests."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from dsmoe.base.errors import ConfigError, choose_from
+from dsmoe.ops import tuning
 
 
 class _Selection:
@@ -39,26 +43,38 @@ class Implementation:
 class Op:
     """An operation and its implementations, best first; all take and return the same tensors.
 
-    A call goes by the device of its first argument.
+    A call goes by the device of its first argument. sizes: from a call's arguments to the sizes that a measurement
+    depends on, as pairs of name and number; None where there is nothing to choose.
     """
 
     name: str
     implementations: tuple[Implementation, ...]
+    sizes: Callable[..., tuple[tuple[str, int], ...]] | None = None
 
     def __call__(self, x, *args, **kwargs):
-        return self.choose(x.device.type).function(x, *args, **kwargs)
+        tuned = None
+        if self.sizes is not None and tuning.known(self.name):
+            tuned = self.tuned(x.device, x.dtype, self.sizes(x, *args, **kwargs))
+        return self.choose(x.device.type, tuned).function(x, *args, **kwargs)
 
-    def choose(self, device_type: str) -> Implementation:
-        """The one that use() names; else the one that prefer() names, where it serves the device; else the first that
-        does. ConfigError if there is none."""
+    def tuned(self, device: torch.device, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> str | None:
+        """Name of the implementation measured best there (dsmoe.ops.tuning), None where nothing was measured."""
+        return tuning.choice(self.name, device.type, device.index or 0, dtype, sizes)
+
+    def choose(self, device_type: str, tuned: str | None = None) -> Implementation:
+        """The one that use() names; else, where they serve the device, the one that prefer() names, then `tuned`; else
+        the first that does. ConfigError if there is none."""
         forced = _selection.forced
-        wanted, first = forced or _selection.preferred.get(self.name), None
+        if forced is not None:
+            return self.named(forced, device_type)
+        for wanted in (_selection.preferred.get(self.name), tuned):
+            for candidate in self.implementations if wanted is not None else ():
+                if candidate.name == wanted and candidate.serves(device_type):
+                    return candidate
         for candidate in self.implementations:
-            if wanted in (None, candidate.name) and candidate.serves(device_type):
+            if candidate.serves(device_type):
                 return candidate
-            if first is None and forced is None and candidate.serves(device_type):
-                first = candidate
-        return first or self.named(forced, device_type)
+        return self.named(None, device_type)
 
     def named(self, name: str | None, device_type: str) -> Implementation:
         """The implementation of that name; ConfigError with the choices where it does not serve the device."""

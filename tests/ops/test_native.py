@@ -1,4 +1,9 @@
-"""Every op in each implementation, forward and backward, against fp64; corner cases; determinism; registration."""
+"""Every op in each implementation, forward and backward, against fp64; corner cases; determinism; registration.
+
+The truth tests run on a GPU too, where there is one (tests/ops/test_gpu.py holds what only a GPU can show).
+"""
+
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,27 +21,36 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def preferred(name):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Tensors made without a device lie there."""
+    with nullcontext() if request.param == "cpu" else torch.device(request.param):
+        yield request.param
+
+
+def preferred(name, device):
     """For every op that has it; a reference inside an op stays."""
-    ops.prefer({op: name for op, _, names in ops.implementations("cpu") if name in names}, "cpu")
+    if name == "native" and device not in native.DEVICES:
+        pytest.skip(f"compiled operations: {ops.kernels()}")
+    ops.prefer({op: name for op, _, names in ops.implementations(device) if name in names}, device)
     yield name
-    ops.prefer({}, "cpu")
+    ops.prefer({}, device)
 
 
 @pytest.fixture(params=BOTH)
-def implementation(request):
-    yield from preferred(request.param)
+def implementation(request, device):
+    yield from preferred(request.param, device)
 
 
 @pytest.fixture(params=BOTH[1:])
-def compiled(request):
+def compiled(request, device):
     """The reference is the yardstick itself, and is held against numpy in the files beside this one."""
-    yield from preferred(request.param)
+    yield from preferred(request.param, device)
 
 
 def random(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device(), dtype)
 
 
 def routed(n, e, k):
@@ -72,6 +86,7 @@ def test_route(shape, renormalize, dtype, compiled):
 
 def check_map(r, experts):
     """Counts, order, position and ends against numpy, from the choices alone."""
+    r = r._replace(**{name: t.cpu() for name, t in r._asdict().items()})
     flat = r.indices.flatten().numpy()
     order = np.argsort(flat, kind="stable")
     assert np.array_equal(r.order, order)
@@ -99,7 +114,7 @@ def test_ties_and_biases_choose_as_the_reference(implementation):
         found = ops.route(x, weight, 4, True, given)
         # Computed probabilities decide: equal columns are equal numbers in every implementation.
         scores = found.probs if given is None else found.probs + given
-        assert np.array_equal(found.indices, np.argsort(-scores.numpy(), axis=-1, kind="stable")[:, :4])
+        assert np.array_equal(found.indices.cpu(), np.argsort(-scores.cpu().numpy(), axis=-1, kind="stable")[:, :4])
         torch.testing.assert_close(found.gates.sum(-1), torch.ones(70))
     assert torch.equal(found.probs[:, 5:9], found.probs[:, 2:3].expand(-1, 4))
 

@@ -1,0 +1,172 @@
+"""What one would take instead of `dsmoe.moe.MoE` on a GPU, beside moe_rivals.py: for gpu_suite.
+
+Written where there was no GPU: all that a CPU can run (sorted rows in plain torch, torch.compile, Megatron-core's
+permutation) was run there and computes ours; the adapters to MegaBlocks, ScatterMoE and SonicMoE were never run. Those
+bring their own routers and weights of the same shapes, so their numbers cannot be compared.
+"""
+
+import importlib.util
+
+import torch
+from moe_rivals import AutoEP, Loop, Rival
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsmoe.moe import MoE
+
+
+class Grouped(Rival):
+    """Rows sorted by expert through torch's grouped product, without a host synchronisation; bf16 on a GPU."""
+
+    def by_expert(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = indices.flatten()
+        order = flat.argsort(stable=True)
+        return order, x[order // self.k], F.one_hot(flat, self.count).sum(0)
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        order, rows, counts = self.by_expert(x, indices)
+        y = self.experts_of(rows, indices.flatten()[order], counts)
+        y = y * gates.flatten()[order].to(x.dtype)[:, None]
+        return torch.zeros_like(x).index_add(0, order // self.k, y)
+
+    def experts_of(self, rows: Tensor, expert: Tensor, counts: Tensor) -> Tensor:
+        """Sorted rows through their experts; expert [R]: of each row."""
+        e, ends = self.experts, counts.cumsum(0, dtype=torch.int32)
+        h = torch._grouped_mm(rows, e.w1.mT, offs=ends)
+        if e.kind == "swiglu":
+            a = F.silu(h) * torch._grouped_mm(rows, e.w3.mT, offs=ends)
+            return torch._grouped_mm(a, e.w2.mT, offs=ends)
+        b1, b2 = e.w3[:, 0].split((e.w1.shape[1], e.w1.shape[2]), dim=-1)
+        a = F.gelu(h + b1[expert], approximate="tanh")
+        return torch._grouped_mm(a, e.w2.mT, offs=ends) + b2[expert]
+
+
+class CompiledGrouped(Grouped):
+    """The same under torch.compile."""
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        self.compiled = torch.compile(super().forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compiled(x)
+
+
+class CompiledLoop(Loop):
+    """The per-expert loop under torch.compile, which breaks its graph where row counts are needed."""
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        self.compiled = torch.compile(super().forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compiled(x)
+
+
+class Megatron(Grouped):
+    """Megatron-core's permute and unpermute around the grouped products (its own need a library it does not bring)."""
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        from megatron.core.transformer.moe.moe_utils import permute, unpermute
+
+        chosen = torch.zeros(len(x), self.count, dtype=torch.bool, device=x.device).scatter_(1, indices, True)
+        probs = torch.zeros(len(x), self.count, dtype=gates.dtype, device=x.device).scatter(1, indices, gates)
+        rows, _, places = permute(x, chosen, num_out_tokens=indices.numel())
+        counts = chosen.sum(0)
+        every = torch.arange(self.count, device=x.device)
+        expert = every.repeat_interleave(counts, output_size=indices.numel())
+        y = self.experts_of(rows, expert, counts)
+        return unpermute(y, places, x.shape, probs=probs.to(x.dtype), routing_map=chosen)
+
+
+class MegaBlocks(Rival):
+    """megablocks.layers.dmoe.dMoE with grouped products."""
+
+    same_numbers, kinds = False, ("swiglu",)
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        from megablocks.layers.arguments import Arguments
+        from megablocks.layers.dmoe import dMoE
+
+        w1 = ours.experts.w1
+        arguments = Arguments(
+            hidden_size=w1.shape[2], ffn_hidden_size=w1.shape[1], moe_num_experts=self.count, moe_top_k=self.k,
+            mlp_type="glu", mlp_impl="grouped", activation_fn=F.silu, bias=False, return_bias=False,
+            fp16=False, bf16=True, device=w1.device,
+        )  # fmt: skip
+        self.layer = dMoE(arguments)
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        y = self.layer(x[:, None])
+        return (y[0] if isinstance(y, tuple) else y)[:, 0]
+
+
+class ScatterMoE(Rival):
+    """scattermoe.mlp.GLUMLP with our routing."""
+
+    same_numbers, kinds = False, ("swiglu",)
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        from scattermoe.mlp import GLUMLP
+
+        w1 = ours.experts.w1
+        self.layer = GLUMLP(w1.shape[2], w1.shape[1], self.count, self.k).to(w1.device, w1.dtype)
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        return self.layer(x, gates.to(x.dtype), indices)
+
+
+class SonicMoE(Rival):
+    """sonicmoe.MoE."""
+
+    same_numbers, kinds = False, ("swiglu",)
+
+    def __init__(self, ours: MoE) -> None:
+        super().__init__(ours)
+        from sonicmoe import KernelBackendMoE
+        from sonicmoe import MoE as Theirs
+        from sonicmoe.enums import ActivationType
+
+        w1 = ours.experts.w1
+        self.backend = KernelBackendMoE.sonicmoe
+        self.layer = Theirs(
+            num_experts=self.count, num_experts_per_tok=self.k, hidden_size=w1.shape[2],
+            intermediate_size=w1.shape[1], activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02,
+        ).to(w1.device, w1.dtype)  # fmt: skip
+
+    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        return self.layer(x, kernel_backend_moe=self.backend)[0]
+
+
+LOOP, AUTOEP = "per-expert loop", "AutoEP"
+# In the order in which they are built; what takes long to compile comes last.
+GPU_RIVALS = {
+    LOOP: Loop,
+    "sorted, grouped products": Grouped,
+    AUTOEP: AutoEP,
+    "Megatron-core permute": Megatron,
+    "MegaBlocks": MegaBlocks,
+    "ScatterMoE": ScatterMoE,
+    "SonicMoE": SonicMoE,
+    "torch.compile, grouped": CompiledGrouped,
+    "torch.compile, loop": CompiledLoop,
+}
+_NEEDS = {
+    AUTOEP: "deepspeed",
+    "Megatron-core permute": "megatron.core",
+    "MegaBlocks": "megablocks",
+    "ScatterMoE": "scattermoe",
+    "SonicMoE": "sonicmoe",
+}
+
+
+def missing(name: str) -> str | None:
+    """ "PACKAGE is not installed" for a rival that cannot be had here, else None."""
+    package = _NEEDS.get(name)
+    try:
+        found = package is None or importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        found = False
+    return None if found else f"{package} is not installed"
