@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from dsmoe import ops
 from dsmoe.base.accounting import count_macs
 from dsmoe.base.errors import ConfigError, choose_from
 from dsmoe.base.memory import ModelShape
@@ -50,20 +51,35 @@ def run(given: argparse.Namespace) -> str:
         global_batch=batch,
         precision=given.precision,
         averages=averages,
+        compiled_ops=compiled_for_gpus(),
         fixed=Fixed(
             zero_stage=given.zero,
             expert_parallel_size=given.expert_parallel,
             micro_batch=given.micro_batch,
-            activation_checkpointing=given.recompute,
+            activation_checkpointing=True if given.recompute == "blocks" else given.recompute,
             offload_optimizer=given.offload,
         ),
     )
     head = _model_lines(sized.name, sized.resolution, shape, batch, averages)
-    text = "\n".join([*head, *_cluster_lines(cluster), "", *describe(ranking, given.top)])
+    lines = [*_cluster_lines(cluster), _operations_line(ranking)]
+    text = "\n".join([*head, *lines, "", *describe(ranking, given.top)])
     if given.write:
         write_best(ranking, given.write)
         text += f"\nwritten       {given.write}"
     return text
+
+
+def compiled_for_gpus() -> bool:
+    """Whether this installation's compiled operations serve GPUs: those of the cluster are taken to have the same."""
+    return next(used for op, used, _ in ops.implementations("cuda") if op == "moe_ffn") == "native"
+
+
+def _operations_line(ranking: Ranking) -> str:
+    compiled = ranking.best.layout.compiled_ops
+    how = (
+        "compiled ones, as installed here" if compiled else "reference ones: none compiled for GPUs are installed here"
+    )
+    return f"operations    {how}"
 
 
 def _model_lines(name: str, resolution: int, shape: ModelShape, batch: int, averages: int) -> list[str]:

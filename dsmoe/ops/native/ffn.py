@@ -2,9 +2,9 @@
 
 The gate is folded into the activation (a_r = gate_r act(h_r)), so that the way back is a plain sum of rows, the second
 product's result is not kept, and the gate's gradient falls out of the activation's backward. Kept for the backward
-are the tokens, h and up; with `recompute` the tokens alone. Beside them, with `ada_gate`, the sum that it multiplies, in
-the dtype of the tokens: what a gate of its own would keep. On a CPU the experts go one after the other, so that rows
-stay in the cache and temporaries are those of one expert; on a GPU all go through the library's grouped product.
+are the tokens, h and up; with `recompute` the tokens alone. Beside them, with `ada_gate`, the sum that it multiplies,
+in the dtype of the tokens: what a gate of its own would keep. On a CPU the experts go one after the other, so that
+rows stay in the cache and temporaries are those of one expert; on a GPU all go through the library's grouped product.
 """
 
 import torch
@@ -243,6 +243,7 @@ def _backward_by_expert(
         torch.mm(dh, w1[e], out=rows[mine])
         if swiglu:
             rows[mine].addmm_(dup, w3[e])
+        del tokens, hidden, upper, da, dh, dup, a  # before the next expert's are made
     dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
     if not swiglu:
         more, db2 = _bias_gradients(dy, gates, indices, _biases(w1, w3)[1])
