@@ -65,10 +65,8 @@ needs_kernels = pytest.mark.skipif(
 class SpreadMoE(MoE):
     """As under expert parallelism, in a group of one rank."""
 
-    def mixture(self, tokens, for_shared, routing, end):
-        return dispatch.across(
-            tokens, routing, self.experts, None, meanwhile=lambda: self.shared(for_shared), **end._asdict()
-        )
+    def mixture(self, tokens, shared, routing, end):
+        return dispatch.across(tokens, routing, self.experts, None, shared, **end._asdict())
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_recomputed_experts_are_there_for_one_block_only(compiled, spread):
     assert blocks < experts < nothing
     rows, hidden = 8 * 256 * 2, mine.spec.mlp_hidden
     inside = {(False, 1): 4 * hidden + 1024, (False, 8): 4 * hidden, (True, 1): 2 * hidden, (True, 8): 3 * hidden}
-    # Without expert parallelism the reference makes the rows themselves again; bf16 has a copy of the tokens either way.
+    # Without expert parallelism the reference makes the rows themselves again.
     assert nothing - experts == 23 * 2 * rows * inside[compiled, spread]
 
 

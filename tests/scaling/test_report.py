@@ -54,7 +54,7 @@ def test_resolution_and_batch_go_before_the_defaults(capsys):
         (["--recompute", "experts"], "experts"),
         (["--no-recompute"], False),
     ],
-    ids=" ".join,
+    ids=["blocks by default", "blocks", "experts", "nothing"],
 )
 def test_the_written_file_is_accepted(capsys, tmp_path, option, written):
     file = tmp_path / "planned.json"
