@@ -21,6 +21,7 @@ __all__ = [
     "Routing",
     "add_expert_bias",
     "check_preferences",
+    "compiled_block",
     "expert_act",
     "expert_rows",
     "gather_rows",
@@ -80,6 +81,15 @@ def kernels() -> str:
 def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     """(op, implementation in use, all that serve the device) for each op, on "cpu", "cuda", ..."""
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
+
+
+def compiled_block(device_type: str, preferences: Mapping[str, str] | None = None) -> bool:
+    """Whether moe_ffn runs as the compiled operation there, which keeps less memory (base.activations).
+
+    preferences: op -> name of an implementation, that would be in force.
+    """
+    used = (preferences or {}).get("moe_ffn") or _OPS["moe_ffn"].choose(device_type).name
+    return used == "native"
 
 
 def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:

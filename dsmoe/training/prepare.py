@@ -220,8 +220,8 @@ def _shown(average: str) -> str:
 
 
 def _layout(recipe: Recipe, policy: EnginePolicy, batch: Batch, device: Device) -> Layout:
-    used = {op: name for op, name, _ in ops.implementations(device.kind)} | policy.block.ops
-    return layout_of(policy, batch, len(recipe.ema_decays), compiled_ops=used["moe_ffn"] == "native")
+    compiled = ops.compiled_block(device.kind, policy.block.ops)
+    return layout_of(policy, batch, len(recipe.ema_decays), compiled_ops=compiled)
 
 
 def _memory(recipe: Recipe, model: ModelFacts, layout: Layout, device: Device) -> dict[str, int]:

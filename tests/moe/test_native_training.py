@@ -48,19 +48,19 @@ def compiled(layer):
     return torch.compile(layer, fullgraph=True, backend="aot_eager")
 
 
-# What dsmoe.activation_checkpointing may be: false, true (around more than the layer), "experts".
+def again(layer):
+    return functools.partial(checkpoint, layer, use_reentrant=False)
+
+
+# What dsmoe.activation_checkpointing may be: false, true (there around the whole block), "experts".
 WAYS = {
     "kept": lambda layer: layer,
-    "recomputed": lambda layer: functools.partial(checkpoint, layer, use_reentrant=False),
+    "recomputed": again,
     "experts": lean,
     "kept, compiled": compiled,
-    "recomputed, compiled": lambda layer: compiled_checkpoint(layer),
+    "recomputed, compiled": lambda layer: compiled(again(layer)),
     "experts, compiled": lambda layer: compiled(lean(layer)),
 }
-
-
-def compiled_checkpoint(layer):
-    return torch.compile(functools.partial(checkpoint, layer, use_reentrant=False), fullgraph=True, backend="aot_eager")
 
 
 @functools.cache
