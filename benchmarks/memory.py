@@ -138,7 +138,10 @@ def measure(configuration: Configuration, folder: Path) -> dict:
     stem = folder / configuration.name.replace(", ", "-").replace(" ", "_")
     config, out = stem.with_suffix(".json"), stem.with_suffix(".measured")
     write_policy(config, configuration.layout, configuration.name)
-    predicted = rank_memory(_shape(MODELS[configuration.model]), configuration.layout, resident=True)
+    from dsmoe import ops
+
+    layout = replace(configuration.layout, compiled_ops=ops.compiled_block("cpu"))
+    predicted = rank_memory(_shape(MODELS[configuration.model]), layout, resident=True)
     record = {
         "name": configuration.name,
         "parameters": _shape(MODELS[configuration.model]).count.trained,

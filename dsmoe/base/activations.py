@@ -1,7 +1,7 @@
 """Bytes that autograd keeps of a forward pass, and what a backward pass needs beside them, by arithmetic (no torch).
 
-Counted from what the modules of `models` and `moe` and the operations save, the reference ones or, with `compiled`, the
-compiled ones (which keep less): a test holds every formula against torch's own saved tensors. Letters: R = images x
+Counted from what the modules of `models` and `moe` and the operations save: the reference ones or, with `compiled`, the
+compiled ones, which keep less. A test holds every formula against torch's own saved tensors. Letters: R = images x
 tokens, D dim, F hidden units, k experts a token. Weights are not counted here, nor is anything of a few bytes an image.
 """
 
@@ -9,10 +9,27 @@ from dsmoe.base.accounting import TIMESTEP_DIM
 from dsmoe.base.presets import ModelSpec
 
 FLOAT, INDEX = 4, 8
+EXPERTS = "experts"
+# What is computed again in the backward pass, as dsmoe.activation_checkpointing in a ds_config says it: nothing, the
+# inside of the experts, or (true) every block.
+RECOMPUTE = (False, EXPERTS, True)
 
 
-def saved_by_block(spec: ModelSpec, *, images: int, tokens: int, itemsize: int, compiled: bool = False) -> int:
-    """Bytes one block keeps from its forward to its backward pass; itemsize: bytes of a stored element (fp32 4)."""
+def saved_by_block(
+    spec: ModelSpec,
+    *,
+    images: int,
+    tokens: int,
+    itemsize: int,
+    compiled: bool = False,
+    spread: bool = False,
+    lean: bool = False,
+) -> int:
+    """Bytes one block keeps from its forward to its backward pass; itemsize: bytes of a stored element (fp32 4).
+
+    spread: under expert parallelism, where rows travel and no operation covers the whole block. lean: the inside of
+    the experts is computed again.
+    """
     rows, dim = images * tokens, spec.dim
     stream = itemsize * rows * dim
     # adaLN: silu(c), and the six chunks of its layer's output, alive through the gates.
@@ -21,23 +38,30 @@ def saved_by_block(spec: ModelSpec, *, images: int, tokens: int, itemsize: int, 
     attention = 6 * stream + FLOAT * rows * spec.heads
     if spec.qk_norm:  # both norms' outputs and statistics; then attention's output also comes in another layout
         attention += 3 * stream + 2 * 2 * itemsize * rows * spec.heads
-    if not spec.is_moe:
-        feed_forward = _saved_by_mlp(spec, rows, itemsize)
+    if spec.is_moe:
+        feed_forward = _saved_by_router(spec, images, rows, itemsize, compiled, spread)
+        feed_forward += _saved_by_experts(spec, rows, itemsize, compiled, spread, lean)
     else:
-        feed_forward = (_saved_by_compiled_moe if compiled else _saved_by_moe)(spec, images, rows, itemsize)
-    modulate = stream + 2 * FLOAT * rows if compiled else _saved_by_modulate(rows, dim, images)
-    return modulation + attention + feed_forward + 2 * modulate
+        feed_forward = _saved_by_mlp(spec, rows, itemsize)
+    return modulation + attention + feed_forward + 2 * _saved_by_modulate(rows, dim, images, itemsize, compiled)
 
 
 def saved_outside_blocks(
-    spec: ModelSpec, *, images: int, tokens: int, channels: int, out_channels: int, itemsize: int
+    spec: ModelSpec,
+    *,
+    images: int,
+    tokens: int,
+    channels: int,
+    out_channels: int,
+    itemsize: int,
+    compiled: bool = False,
 ) -> int:
     """Bytes that embedders, final layer and their shared conditioning vector keep."""
     rows, dim, pixels = images * tokens, spec.dim, images * tokens * spec.patch**2
     timestep = itemsize * images * (TIMESTEP_DIM + 2 * dim)
     # The conditioning vector, its silu and the two chunks of the final layer.
     conditioning = itemsize * images * dim * 4
-    final = _saved_by_modulate(rows, dim, images) + itemsize * rows * dim
+    final = _saved_by_modulate(rows, dim, images, itemsize, compiled) + itemsize * rows * dim
     # The loss holds the output, x_t, target and a few images of their size, in fp32.
     loss = FLOAT * pixels * (2 * out_channels + 8 * channels)
     return timestep + conditioning + final + itemsize * pixels * channels + loss
@@ -48,12 +72,14 @@ def block_input(spec: ModelSpec, *, images: int, tokens: int, itemsize: int) -> 
     return itemsize * images * tokens * spec.dim
 
 
-def backward_temporaries(spec: ModelSpec, *, images: int, tokens: int, itemsize: int) -> int:
+def backward_temporaries(
+    spec: ModelSpec, *, images: int, tokens: int, itemsize: int, compiled: bool = False, one_by_one: bool = False
+) -> int:
     """Bytes of activation gradients alive at once, beyond what the block had saved, where that is most.
 
     Every operation frees what it saved as soon as its backward has run, so the candidates are few: for a dense block
     the gradients at its second matrix; for experts that of the shared expert's last matrix, of the weighted sum, and
-    of the product inside SwiGLU.
+    of the product inside SwiGLU. compiled: the experts are one operation (`compiled_temporaries`; one_by_one there).
     """
     rows = images * tokens
     stream, hidden = itemsize * rows * spec.dim, itemsize * rows * spec.mlp_hidden
@@ -61,15 +87,38 @@ def backward_temporaries(spec: ModelSpec, *, images: int, tokens: int, itemsize:
         return 2 * stream + hidden
     k, wide = spec.top_k, FLOAT * rows * spec.dim  # the sum over experts runs in fp32
     shared = itemsize * rows * spec.shared_hidden
+    swiglu = spec.expert_kind == "swiglu"
+    if compiled:
+        at_experts = compiled_temporaries(spec, rows=rows, itemsize=itemsize, one_by_one=one_by_one)
+        return max(at_experts, 3 * shared + 3 * stream - (1 + swiglu) * k * hidden)
     at_shared = 2 * stream + wide + shared if shared else 0
     freed = 4 * shared
     at_sum = stream + wide * (2 * k + 3) - freed
-    at_product = stream + (2 if spec.expert_kind == "swiglu" else 1) * k * hidden - freed
+    at_product = stream + (2 if swiglu else 1) * k * hidden - freed
     return max(at_shared, at_sum, at_product)
 
 
-def _saved_by_modulate(rows: int, dim: int, images: int) -> int:
-    """fp32 whatever the storage: LayerNorm's input, mean and deviation; the normed rows and 1 + scale."""
+def compiled_temporaries(spec: ModelSpec, *, rows: int, itemsize: int, one_by_one: bool) -> int:
+    """Bytes alive in the backward of the compiled block beside what it saved and the gradients of weights.
+
+    At the activation's backward: the gradients of the result and of the gated sum; a row of tokens and one of
+    gradients for each choice; of hidden units da, dh, the activation, and dup for SwiGLU. one_by_one: as on a CPU,
+    where of all but the gradients' rows there is one expert's part (routing balanced).
+    """
+    chosen, swiglu = rows * spec.top_k, spec.expert_kind == "swiglu"
+    stream, choices = itemsize * rows * spec.dim, itemsize * chosen * spec.dim
+    hidden = (3 + swiglu) * itemsize * chosen * spec.mlp_hidden
+    if not one_by_one:
+        return 2 * stream + 2 * choices + hidden
+    at_end = stream + (0 if swiglu else FLOAT * rows * spec.dim)  # the gradient of the tokens; of second biases, wide
+    return 2 * stream + choices + max((choices + hidden) // spec.num_experts, at_end)
+
+
+def _saved_by_modulate(rows: int, dim: int, images: int, itemsize: int, compiled: bool) -> int:
+    """Compiled: the input and two statistics. Else fp32 whatever the storage: LayerNorm's input, mean and deviation;
+    the normed rows and 1 + scale."""
+    if compiled:
+        return itemsize * rows * dim + 2 * FLOAT * rows
     return FLOAT * (2 * rows * dim + 2 * rows + images * dim)
 
 
@@ -78,38 +127,35 @@ def _saved_by_mlp(spec: ModelSpec, rows: int, itemsize: int) -> int:
     return itemsize * rows * (2 * spec.dim + 2 * spec.mlp_hidden)
 
 
-def _saved_by_moe(spec: ModelSpec, images: int, rows: int, itemsize: int) -> int:
-    dim, k, experts = spec.dim, spec.top_k, spec.num_experts
-    chosen = rows * k
-    # Router in fp32: logits, probabilities, logsumexp, gates; then indices, positions and order of the slots.
-    router = FLOAT * (rows * (2 * experts + 1) + chosen) + 3 * INDEX * chosen + INDEX * experts
-    router += _upcast(rows * dim + experts * dim, itemsize) + FLOAT * images * experts
-    if spec.renormalize:
-        router += FLOAT * (rows + chosen)
-    # Rows in and out of the experts; SwiGLU: gate, silu(gate), up, product; GELU: input and output, and an expert
-    # number a row for each bias.
-    inside = 4 if spec.expert_kind == "swiglu" else 2
-    routed = itemsize * chosen * (2 * dim + inside * spec.mlp_hidden)
-    if spec.expert_kind == "gelu":
+def _saved_by_router(spec: ModelSpec, images: int, rows: int, itemsize: int, compiled: bool, spread: bool) -> int:
+    """fp32 (with copies of tokens and weight where those are narrower, unless compiled): probabilities, gates, balance;
+    then indices, positions and order of the slots, of which the compiled sum of spread rows does without the last."""
+    dim, experts, chosen = spec.dim, spec.num_experts, rows * spec.top_k
+    places = 3 * INDEX * chosen + INDEX * experts
+    if compiled:
+        places += -INDEX * chosen if spread else FLOAT * experts
+        return FLOAT * (rows * (experts + 1) + chosen + images * experts) + places
+    router = FLOAT * (rows * (2 * experts + 1) + chosen + images * experts) + places
+    router += FLOAT * (rows + chosen) if spec.renormalize else 0
+    return router + (0 if itemsize == FLOAT else FLOAT * (rows * dim + experts * dim))
+
+
+def _saved_by_experts(spec: ModelSpec, rows: int, itemsize: int, compiled: bool, spread: bool, lean: bool) -> int:
+    """Routed and shared experts, the tokens, and the gated branch."""
+    chosen, swiglu, whole = rows * spec.top_k, spec.expert_kind == "swiglu", compiled and not spread
+    if whole:  # neither rows nor activations nor results: the first products alone
+        routed = 0 if lean else itemsize * chosen * spec.mlp_hidden * (1 + swiglu)
+    elif lean:  # results, for the gradient of the gates; rows where they came from other ranks
+        routed = itemsize * chosen * spec.dim * (1 + spread)
+    else:
+        # Rows in and out of the experts; SwiGLU: gate, silu(gate) unless compiled, up, product; GELU: input and output,
+        # and an expert number a row for each bias that is not added inside the activation.
+        inside = (3 if compiled else 4) if swiglu else 2
+        routed = itemsize * chosen * (2 * spec.dim + inside * spec.mlp_hidden)
+        routed += 0 if swiglu else (1 if compiled else 2) * INDEX * chosen
+    if spread:  # where each row stands by source and by expert
         routed += 2 * INDEX * chosen
-    shared = itemsize * rows * 4 * spec.shared_hidden
-    # The tokens themselves are kept by the fp32 router or, in low precision, by the shared expert; and the gated
-    # branch.
-    tokens = itemsize * rows * dim if itemsize == FLOAT or spec.shared_hidden else 0
-    return router + routed + shared + tokens + itemsize * rows * dim
-
-
-def _saved_by_compiled_moe(spec: ModelSpec, images: int, rows: int, itemsize: int) -> int:
-    """Of the routed experts only the tokens and the first products: neither rows nor activations nor results."""
-    k, experts = spec.top_k, spec.num_experts
-    router = FLOAT * rows * (experts + 1 + k) + FLOAT * images * experts
-    places = 3 * INDEX * rows * k + (INDEX + FLOAT) * experts
-    routed = itemsize * rows * k * spec.mlp_hidden * (2 if spec.expert_kind == "swiglu" else 1)
-    shared = itemsize * rows * 3 * spec.shared_hidden
-    # The tokens and the gated branch.
-    return router + places + routed + shared + 2 * itemsize * rows * spec.dim
-
-
-def _upcast(elements: int, itemsize: int) -> int:
-    """Bytes of an fp32 copy, which fp32 storage does not need."""
-    return 0 if itemsize == FLOAT else FLOAT * elements
+    shared = itemsize * rows * (3 if compiled else 4) * spec.shared_hidden
+    # The tokens are kept by whichever takes them as they are: the router, a shared expert, experts computed again.
+    as_they_are = compiled or itemsize == FLOAT or spec.shared_hidden or (lean and not spread)
+    return routed + shared + itemsize * rows * spec.dim * (2 if as_they_are else 1)

@@ -99,7 +99,11 @@ class Buckets:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a model is laid out over ranks; averages: how many moving averages of the weights are kept."""
+    """How a model is laid out over ranks; averages: how many moving averages of the weights are kept.
+
+    activation_checkpointing: one of activations.RECOMPUTE. compiled_ops: experts and modulation run as the compiled
+    operations, which keep less than the reference ones.
+    """
 
     zero_stage: int
     world_size: int
@@ -107,10 +111,11 @@ class Layout:
     micro_batch: int
     accumulation: int = 1
     expert_parallel_size: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     averages: int = 1
+    compiled_ops: bool = False
     buckets: Buckets = field(default_factory=Buckets)
 
 
@@ -181,19 +186,35 @@ class _Rank:
         dense = shape.tensors()
         self.n = sum(dense) + shape.spec.depth * sum(local)
         self.m = -(-shape.count.trained // layout.world_size) if self.stage else self.n
+        self.experts = sum(local)
         self.largest, self.largest_dense = max([*dense, *local]), max(dense)
-        self.module = max([*dense, sum(local)])
+        self.module = max([*dense, self.experts])
         self.block_parameters = self.n // shape.spec.depth
         self.persistent = sum(size for size in dense if size < layout.buckets.persistent)
-        images = layout.micro_batch
-        sizes = {"images": images, "tokens": shape.tokens, "itemsize": self.itemsize}
-        self.block = activations.saved_by_block(shape.spec, **sizes)
-        self.temporaries = activations.backward_temporaries(shape.spec, **sizes)
-        kept = activations.block_input(shape.spec, **sizes) if layout.activation_checkpointing else self.block
-        self.activations = shape.spec.depth * kept + activations.saved_outside_blocks(
-            shape.spec, channels=shape.channels, out_channels=shape.out_channels, **sizes
+        self._count_activations(shape)
+
+    def _count_activations(self, shape: ModelShape) -> None:
+        spec, layout = shape.spec, self.layout
+        sizes = {"images": layout.micro_batch, "tokens": shape.tokens, "itemsize": self.itemsize}
+        compiled, spread = layout.compiled_ops, layout.expert_parallel_size > 1
+        # The whole block of experts as one operation, which runs them one by one on a CPU.
+        self.one_operation = spec.is_moe and compiled and not spread
+        self.temporaries = activations.backward_temporaries(
+            spec, **sizes, compiled=self.one_operation, one_by_one=self.resident
         )
-        self.recomputed = self.block if layout.activation_checkpointing else 0
+        self.block = kept = activations.saved_by_block(spec, **sizes, compiled=compiled, spread=spread)
+        self.recomputed = 0
+        if layout.activation_checkpointing == activations.EXPERTS:
+            kept = activations.saved_by_block(spec, **sizes, compiled=compiled, spread=spread, lean=True)
+            self.recomputed = self.block - kept
+            if self.one_operation and self.resident:
+                self.recomputed //= spec.num_experts
+        elif layout.activation_checkpointing:
+            kept = activations.block_input(spec, **sizes)
+            self.recomputed = self.block
+        self.activations = spec.depth * kept + activations.saved_outside_blocks(
+            spec, channels=shape.channels, out_channels=shape.out_channels, **sizes, compiled=compiled
+        )
 
     def memory(self) -> RankMemory:
         device, host = self.states()
@@ -315,8 +336,10 @@ class _Rank:
         return {"gradients": self.itemsize * self.m, "gradients in fp32": self.m * (self.itemsize + FLOAT * low)}
 
     def _working_gradient(self) -> int:
-        """A tensor's gradient lives until it is copied into the bucket; one larger than that, until the next comes."""
-        return self.itemsize * self.largest * (1 if self.largest <= self.layout.buckets.reduce else 2)
+        """A tensor's gradient lives until it is copied into the bucket; one larger than that, until the next comes. The
+        compiled block makes those of a layer's experts at once."""
+        one_by_one = self.largest * (1 if self.largest <= self.layout.buckets.reduce else 2)
+        return self.itemsize * max(one_by_one, self.experts if self.one_operation else 0)
 
     def _offload_norm(self) -> int:
         """Offload takes each gradient's norm in fp64 as it leaves the device."""

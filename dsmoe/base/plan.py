@@ -8,6 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from dsmoe.base.activations import EXPERTS
 from dsmoe.base.errors import CheckpointError
 from dsmoe.base.recipe import Recipe, recipe_from_dict, recipe_to_dict, science_hash
 
@@ -21,7 +22,8 @@ class EngineFacts:
     """Engine policy as resolved for this job; may change between a run and its resumption.
 
     world_size ranks, each with micro_batch images a micro-step and accumulation micro-steps an optimizer step.
-    ops: operation -> the implementation that the ds_config prefers to the default one.
+    activation_checkpointing: one of base.activations.RECOMPUTE. ops: operation -> the implementation that the ds_config
+    prefers to the default one.
     """
 
     ds_config: str
@@ -32,7 +34,7 @@ class EngineFacts:
     micro_batch: int
     accumulation: int
     expert_parallel_size: int
-    activation_checkpointing: bool
+    activation_checkpointing: bool | str
     optimizer: str
     offload: bool
     ops: dict[str, str] = field(default_factory=dict)
@@ -117,6 +119,9 @@ class Plan:
             ) from error
 
 
+_RECOMPUTED = {False: "", True: ", activation checkpointing", EXPERTS: ", experts recomputed"}
+
+
 def describe(plan: Plan) -> str:
     """The plan as people read it: one aligned line a fact, warnings last."""
     recipe, engine, model = plan.recipe, plan.engine, plan.model
@@ -125,7 +130,7 @@ def describe(plan: Plan) -> str:
     data, train, side = recipe.data, recipe.train, model.input_size
     shape = f"{model.in_channels}x{side}x{side}"
     epochs = train.images / max(plan.data.items, 1)
-    extras = [", activation checkpointing"] * engine.activation_checkpointing + [", offload"] * engine.offload
+    extras = [_RECOMPUTED[engine.activation_checkpointing], ", offload" * engine.offload]
     rows = [
         ("recipe", f"{recipe.name} ({recipe.description})" if recipe.description else recipe.name),
         ("science hash", plan.science_hash),

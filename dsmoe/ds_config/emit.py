@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 
+from dsmoe.base.activations import EXPERTS
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.recipe import OptimizerSpec
 from dsmoe.ds_config.batch import Batch
@@ -30,6 +31,10 @@ def check_policy(policy: EnginePolicy, *, device_type: str, num_experts: int, wo
         )
     if device_type == "cpu" and policy.passed.get("zero_optimization", {}).get("zero_quantized_weights"):
         raise ConfigError(f"{path}: 'zero_optimization.zero_quantized_weights' needs a GPU's kernels; drop it.")
+    if block.activation_checkpointing == EXPERTS and not num_experts:
+        raise ConfigError(
+            f"{path}: 'dsmoe.activation_checkpointing' is \"{EXPERTS}\" but the model is dense; set true or false."
+        )
     if block.expert_parallel_size > 1:
         _check_expert_parallel(policy, num_experts, world_size)
     if block.optimizer == "cpu_adam" and not policy.offload_optimizer and device_type != "cpu":

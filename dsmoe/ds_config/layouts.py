@@ -24,8 +24,11 @@ _OVERLAP = "overlap_comm"
 _OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
 
 
-def layout_of(policy: EnginePolicy, batch: Batch, averages: int = 1) -> Layout:
-    """The layout that a policy and a batch make, with DeepSpeed's own sizes where the file gives none."""
+def layout_of(policy: EnginePolicy, batch: Batch, averages: int = 1, *, compiled_ops: bool = False) -> Layout:
+    """The layout that a policy and a batch make, with DeepSpeed's own sizes where the file gives none.
+
+    compiled_ops: whether the compiled operations will run, which no file says: it depends on the machine.
+    """
     zero = {key: value for key, value in policy.passed.get("zero_optimization", {}).items() if value != "auto"}
     return Layout(
         zero_stage=policy.stage,
@@ -38,6 +41,7 @@ def layout_of(policy: EnginePolicy, batch: Batch, averages: int = 1) -> Layout:
         offload_optimizer=policy.offload_optimizer,
         offload_parameters=policy.offload_parameters,
         averages=averages,
+        compiled_ops=compiled_ops,
         buckets=Buckets(
             **{name: int(zero.get(key, default)) for name, (key, default) in _SIZES.items()},
             overlap=bool(zero.get(_OVERLAP, policy.stage == 3)),

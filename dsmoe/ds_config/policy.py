@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from dsmoe.base.activations import EXPERTS, RECOMPUTE
 from dsmoe.base.errors import ConfigError, choose_from
 from dsmoe.ds_config.keys import PASSED_KEYS, check_values
 
@@ -42,7 +43,7 @@ OLD_NAMES = {
 }
 
 NOT_HERE = {
-    "activation_checkpointing": "set dsmoe.activation_checkpointing to true or false instead",
+    "activation_checkpointing": 'set dsmoe.activation_checkpointing to true, false or "experts" instead',
     "tensorboard": "the run folder always gets a TensorBoard log; drop it",
     "csv_monitor": "metrics.jsonl holds every figure; drop it",
     "wandb": "metrics.jsonl holds every figure; drop it",
@@ -71,14 +72,15 @@ OPTIMIZERS = ("auto", "torch", "torch_fused", "cpu_adam", "apex")
 class DsmoeBlock:
     """The block of ours inside a ds_config.
 
-    about: what the file is for. data_workers: loader processes a rank (0 reads in the training process).
+    about: what the file is for. activation_checkpointing: one of base.activations.RECOMPUTE.
+    data_workers: loader processes a rank (0 reads in the training process).
     optimizer: which AdamW implementation; auto picks CPU Adam with offload, apex or fused torch where present.
     ops: operation -> the implementation to prefer, by the names that `python -m dsmoe doctor` lists.
     """
 
     about: str = ""
     expert_parallel_size: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = False
     optimizer: str = "auto"
     data_workers: int = 0
     timeout_minutes: float = 30.0
@@ -228,6 +230,10 @@ def _our_block(path: str, tree: object) -> DsmoeBlock:
     for key, value in tree.items():
         if key not in kinds:
             _fail(path, choose_from("key", f"dsmoe.{key}", [f"dsmoe.{k}" for k in kinds]))
+        if key == "activation_checkpointing":
+            if type(value) not in (bool, str) or value not in RECOMPUTE:
+                _fail(path, f"'dsmoe.{key}' is {json.dumps(value)}; it must be true or false, or \"{EXPERTS}\".")
+            continue
         accepted = (int, float) if kinds[key] is float else kinds[key]
         if not isinstance(value, accepted) or (isinstance(value, bool) and kinds[key] is not bool):
             words = {str: "text", int: "a whole number", bool: "true or false", float: "a number", dict: "an object"}

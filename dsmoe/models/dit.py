@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dsmoe.base.activations import EXPERTS, RECOMPUTE
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.presets import ModelSpec
 from dsmoe.models.attention import Attention
@@ -113,7 +114,8 @@ class DiT(FixedBufferModule):
 
     Storage may be fp32, bf16 or fp64; LayerNorm, modulation, softmax, router and timestep features are
     computed in fp32 at least. `pos_embed` [1, T, D] is an fp32 buffer outside the state dict, whatever the
-    storage dtype. Set `activation_checkpointing` to recompute each block in the backward pass.
+    storage dtype. Set `activation_checkpointing` to True to recompute each block in the backward pass, to "experts" to
+    recompute only the inside of the experts.
     """
 
     def __init__(
@@ -141,7 +143,6 @@ class DiT(FixedBufferModule):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes = num_classes
         self.tokens = (input_size // spec.patch) ** 2
-        self.activation_checkpointing = False
         self.register_fixed("pos_embed", position_embedding(spec.dim, input_size // spec.patch)[None])
         if spec.tasks > num_classes:
             raise ConfigError(f"model.tasks is {spec.tasks} but there are {num_classes} labels; give every task one.")
@@ -157,6 +158,20 @@ class DiT(FixedBufferModule):
             for _ in range(spec.depth)
         )
         self.final_layer = FinalLayer(spec.dim, spec.patch**2 * self.out_channels)
+        self.activation_checkpointing = False
+
+    @property
+    def activation_checkpointing(self) -> bool | str:
+        """What the backward pass computes again: one of base.activations.RECOMPUTE."""
+        return self._recompute
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, what: bool | str) -> None:
+        assert what in RECOMPUTE, what
+        assert what != EXPERTS or self.spec.is_moe, "a dense model has no experts"
+        self._recompute = what
+        for block in self.blocks if self.spec.is_moe else ():
+            block.moe.experts.recompute = what == EXPERTS
 
     def initialize(self) -> None:
         """Draw every parameter anew from torch's global generator, exactly as the constructor does.
@@ -188,7 +203,7 @@ class DiT(FixedBufferModule):
         c = self.t_embedder(t) + self.y_embedder(y)
         layers: list[MoEStats] = []
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing is True and torch.is_grad_enabled():
                 # Nothing in a block draws from torch's generators, so their state need not be kept.
                 tokens, stats = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -1,5 +1,7 @@
 """The mixture-of-experts layer that takes the place of the MLP in a DiT block."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,10 @@ from dsmoe.moe.fan_out import fan_out
 from dsmoe.moe.router import Gate
 from dsmoe.moe.shared import SharedExpert
 from dsmoe.moe.statistics import MoEStats
+from dsmoe.runtime.device import beside
+
+# The shared expert's part [N, D], or None without one; called once.
+Shared = Callable[[], Tensor | None]
 
 
 class MoE(nn.Module):
@@ -51,25 +57,25 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         for_gate, for_experts, for_shared = fan_out(tokens, 3)
+        shared = self.start_shared(for_shared)
         routing = self.gate(for_gate, self.selection_bias)
         end = End(None if residual is None else residual.reshape(tokens.shape), ada_gate)
-        y = self.mixture(for_experts, for_shared, routing, end)
+        y = self.mixture(for_experts, shared, routing, end)
         return y.view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
 
     def new_experts(self, spec: ModelSpec) -> Experts:
         """The routed experts that live here; where expert parallelism enters, with `mixture`."""
         return Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
 
-    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing, end: End) -> Tensor:
-        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, and `end` of that, [N, D].
+    def start_shared(self, tokens: Tensor) -> Shared:
+        """Start the shared expert on tokens [N, D]; on a GPU it runs while tokens are routed and gathered."""
+        if self.shared_experts is None:
+            return lambda: None
+        return beside(self.shared_experts, tokens).result
 
-        for_shared: the same tokens, for the shared expert (fan_out).
-        """
-        return self.experts(tokens, routing.counts, routing=routing, add=self.shared(for_shared), end=end)
-
-    def shared(self, tokens: Tensor) -> Tensor | None:
-        """The shared expert's part [N, D]."""
-        return None if self.shared_experts is None else self.shared_experts(tokens)
+    def mixture(self, tokens: Tensor, shared: Shared, routing: ops.Routing, end: End) -> Tensor:
+        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, ended by `end`, [N, D]."""
+        return self.experts(tokens, routing.counts, routing=routing, add=shared(), end=end)
 
     @torch.no_grad()
     def update_previous_load(self, load: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from dsmoe import ops
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import dispatch
-from dsmoe.moe.block import MoE
+from dsmoe.moe.block import MoE, Shared
 from dsmoe.moe.experts import End, Experts
 from dsmoe.runtime import distributed
 
@@ -60,10 +60,13 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         """This rank's experts."""
         return _LocalExperts(spec, self._groups)
 
-    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing, end: End) -> Tensor:
+    def start_shared(self, tokens: Tensor) -> Shared:
+        """Nothing yet: it is the work to do while tokens are under way."""
+        return (lambda: None) if self.shared_experts is None else lambda: self.shared_experts(tokens)
+
+    def mixture(self, tokens: Tensor, shared: Shared, routing: ops.Routing, end: End) -> Tensor:
         """As in MoE; the shared expert runs while tokens are under way."""
-        group, meanwhile = self._groups.parallel, lambda: self.shared(for_shared)
-        return dispatch.across(tokens, routing, self.experts, group, meanwhile, **end._asdict())
+        return dispatch.across(tokens, routing, self.experts, self._groups.parallel, shared, **end._asdict())
 
 
 class _LocalExperts(Experts):

@@ -22,6 +22,7 @@ __all__ = [
     "Routing",
     "add_expert_bias",
     "check_preferences",
+    "compiled_block",
     "expert_act",
     "expert_rows",
     "gather_rows",
@@ -108,6 +109,15 @@ def operation(name: str) -> Op:
 def tunable() -> tuple[str, ...]:
     """Ops of which `python -m dsmoe tune` measures the implementations."""
     return tuple(name for name, op in _OPS.items() if op.sizes is not None)
+
+
+def compiled_block(device_type: str, preferences: Mapping[str, str] | None = None) -> bool:
+    """Whether moe_ffn runs as the compiled operation there, which keeps less memory (base.activations).
+
+    preferences: op -> name of an implementation, that would be in force.
+    """
+    used = (preferences or {}).get("moe_ffn") or _OPS["moe_ffn"].choose(device_type).name
+    return used.partition(":")[0] == "native"
 
 
 def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:

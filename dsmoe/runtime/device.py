@@ -1,14 +1,17 @@
 """The device of this process: what it computes, how fast, in how much memory. The only user of torch.cuda."""
 
+import functools
 import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dsmoe.base.errors import ConfigError, choose_from
 
@@ -138,6 +141,48 @@ class Device:
         if self.kind != "cuda" or dtype not in (torch.bfloat16, torch.float16):
             return None
         return datasheet_peak(self.name)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Work under way on a stream of its own; none: it is done."""
+
+    _made: Tensor | None
+    _stream: "torch.cuda.Stream | None" = None
+
+    def result(self) -> Tensor | None:
+        """What it made. From here on the stream in use waits for it, not the host. Call it once."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            if self._made is not None:
+                self._made.record_stream(current)
+        return self._made
+
+
+def beside(work: Callable[..., Tensor | None], *inputs: Tensor) -> Pending:
+    """Start work(*inputs) beside what the caller does until it asks for the result: on a GPU on a side stream, which
+    waits for what has been queued so far; on a CPU, and inside torch.compile, which orders kernels itself, at once.
+
+    Autograd runs each gradient on the stream of its forward and makes streams wait for each other where tensors pass,
+    so the gradient of `work` runs beside what does not need it. A CUDA graph captures the fork and the join.
+    """
+    device = inputs[0].device
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return Pending(work(*inputs))
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        made = work(*inputs)
+    # Their memory must not be given to another tensor of their own stream before the side stream is through.
+    for given in inputs:
+        given.record_stream(side)
+    return Pending(made, side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
 
 
 def gpu_count() -> int:

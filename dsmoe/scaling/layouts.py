@@ -1,8 +1,9 @@
 """Which layouts a model can take on a cluster, and whether they fit its memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from dsmoe.base.activations import EXPERTS, RECOMPUTE
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.memory import Layout, ModelShape, RankMemory, rank_memory
 from dsmoe.base.presets import ModelSpec
@@ -20,7 +21,7 @@ class Fixed:
     zero_stage: int | None = None
     expert_parallel_size: int | None = None
     micro_batch: int | None = None
-    activation_checkpointing: bool | None = None
+    activation_checkpointing: bool | str | None = None
     offload_optimizer: bool | None = None
 
 
@@ -45,7 +46,14 @@ def budget(cluster: Cluster) -> int:
 
 
 def candidates(
-    shape: ModelShape, cluster: Cluster, *, global_batch: int, precision: str, averages: int, fixed: Fixed
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    global_batch: int,
+    precision: str,
+    averages: int,
+    fixed: Fixed,
+    compiled_ops: bool = False,
 ) -> list[Candidate]:
     """Every valid layout with its memory and traffic; ConfigError when the requirements leave none."""
     room = budget(cluster)
@@ -57,8 +65,11 @@ def candidates(
             room,
             refusal(layout, num_experts=shape.spec.num_experts),
         )
-        for layout in enumerate_layouts(
-            shape.spec, cluster, global_batch=global_batch, precision=precision, averages=averages, fixed=fixed
+        for layout in (
+            replace(found, compiled_ops=compiled_ops)
+            for found in enumerate_layouts(
+                shape.spec, cluster, global_batch=global_batch, precision=precision, averages=averages, fixed=fixed
+            )
         )
     ]
     assert found, "the choices below are checked one by one"
@@ -72,12 +83,13 @@ def enumerate_layouts(
     world = cluster.world_size
     micros = _micro_batches(global_batch, world, fixed.micro_batch)
     sizes = _expert_parallel_sizes(spec, world, fixed.expert_parallel_size)
+    recomputes = _recomputes(spec, fixed.activation_checkpointing)
     for stage in _stages(precision, fixed.zero_stage, fixed.offload_optimizer):
         offloads = [False] if stage == 0 else [False, True]
         for offload in _settled(offloads, fixed.offload_optimizer):
             for size in sizes:
                 for micro in micros:
-                    for recompute in _settled([False, True], fixed.activation_checkpointing):
+                    for recompute in recomputes:
                         yield Layout(
                             zero_stage=stage,
                             world_size=world,
@@ -89,6 +101,13 @@ def enumerate_layouts(
                             offload_optimizer=offload,
                             averages=averages,
                         )
+
+
+def _recomputes(spec: ModelSpec, given: bool | str | None) -> list[bool | str]:
+    if given == EXPERTS and not spec.is_moe:
+        raise ConfigError("--recompute is experts, but the model is dense; choose blocks.")
+    options = [what for what in RECOMPUTE if what != EXPERTS or spec.is_moe]
+    return options if given is None else [given]
 
 
 def _settled(options: list[bool], given: bool | None) -> list[bool]:

@@ -112,10 +112,11 @@ def _parameters_and_gradients(elements: int, group: _Group, layout: Layout) -> L
 
 
 def _routed_bytes(shape: ModelShape, layout: Layout) -> int:
-    """Token rows that a rank dispatches and combines in a step, forward and backward; recomputing dispatches again."""
+    """Token rows that a rank dispatches and combines in a step, forward and backward; recomputing a whole block
+    dispatches again."""
     spec = shape.spec
     rows = layout.micro_batch * layout.accumulation * shape.tokens * spec.top_k
-    passes = 6 if layout.activation_checkpointing else 4
+    passes = 6 if layout.activation_checkpointing is True else 4
     return passes * spec.depth * rows * spec.dim * ITEMSIZE[layout.precision]
 
 

@@ -21,8 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero", type=int, choices=range(4), metavar="S", help="fix the ZeRO stage: 0 to 3")
     parser.add_argument("--expert-parallel", type=int, metavar="E", help="fix the expert-parallel size")
     parser.add_argument("--micro-batch", type=int, metavar="M", help="fix the images a GPU takes at once")
+    recompute = parser.add_mutually_exclusive_group()
+    recompute.add_argument(
+        "--recompute",
+        nargs="?",
+        const="blocks",
+        choices=("blocks", "experts"),
+        help="fix what the backward pass computes again: whole blocks (alone), or the inside of the experts",
+    )
+    recompute.add_argument(
+        "--no-recompute", dest="recompute", action="store_const", const=False, help="compute nothing again"
+    )
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    parser.add_argument("--recompute", **switch, help="fix whether blocks are recomputed in the backward pass")
     parser.add_argument("--offload", **switch, help="fix whether the optimizer lives in host memory")
     parser.add_argument("--nvlink", type=float, default=NVLINK, metavar="GB/S", help="a GPU sends in its node (450)")
     parser.add_argument("--network", type=float, default=NETWORK, metavar="GB/S", help="a GPU sends out of it (50)")

@@ -1,12 +1,14 @@
 """Recommends how to lay a model out over a cluster, and says what stands in the way.
 
-The rule, in this order: what fits the memory; without offload; without recompute; fewest bytes between nodes; the
+The rule, in this order: what fits the memory; without offload; without recompute, or of the experts alone; fewest
+bytes between nodes; the
 largest micro-batch; the lowest ZeRO stage (fewer, larger messages); fewest bytes inside a node; least memory. No step
 times: those are measured, not computed.
 """
 
 from dataclasses import dataclass
 
+from dsmoe.base.activations import EXPERTS, RECOMPUTE
 from dsmoe.base.errors import ConfigError
 from dsmoe.base.memory import ModelShape
 from dsmoe.ds_config import write_policy
@@ -58,10 +60,17 @@ def rank_layouts(
     precision: str = "bf16",
     averages: int = 1,
     fixed: Fixed | None = None,
+    compiled_ops: bool = False,
 ) -> Ranking:
-    """Rank every valid layout; ConfigError says what is short by how much when none fits."""
+    """Rank every valid layout; ConfigError says what is short by how much when none fits. compiled_ops: see Layout."""
     found = candidates(
-        shape, cluster, global_batch=global_batch, precision=precision, averages=averages, fixed=fixed or Fixed()
+        shape,
+        cluster,
+        global_batch=global_batch,
+        precision=precision,
+        averages=averages,
+        fixed=fixed or Fixed(),
+        compiled_ops=compiled_ops,
     )
     found.sort(key=_order)
     # Layouts that are planned only are shown where they rank, but recommended only when asked for.
@@ -88,7 +97,8 @@ def short_name(candidate: Candidate) -> str:
     at = candidate.layout
     words = [f"ZeRO-{at.zero_stage}", f"micro-batch {at.micro_batch} x {at.accumulation}", at.precision]
     words += [f"expert parallel {at.expert_parallel_size}"] * (at.expert_parallel_size > 1)
-    words += ["recompute"] * at.activation_checkpointing + ["offload"] * at.offload_optimizer
+    recompute = {False: [], EXPERTS: ["experts recomputed"], True: ["recompute"]}[at.activation_checkpointing]
+    words += recompute + ["offload"] * at.offload_optimizer
     return ", ".join(words)
 
 
@@ -97,7 +107,7 @@ def _order(candidate: Candidate) -> tuple:
     return (
         not candidate.fits,
         at.offload_optimizer,
-        at.activation_checkpointing,
+        RECOMPUTE.index(at.activation_checkpointing),
         links.network,
         -at.micro_batch,
         at.zero_stage,

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from dsmoe import ops
 from dsmoe.base.accounting import count_macs
 from dsmoe.base.errors import ConfigError, choose_from
 from dsmoe.base.memory import ModelShape
@@ -50,20 +51,31 @@ def run(given: argparse.Namespace) -> str:
         global_batch=batch,
         precision=given.precision,
         averages=averages,
+        # The cluster's GPUs are taken to run what is installed here.
+        compiled_ops=ops.compiled_block("cuda"),
         fixed=Fixed(
             zero_stage=given.zero,
             expert_parallel_size=given.expert_parallel,
             micro_batch=given.micro_batch,
-            activation_checkpointing=given.recompute,
+            activation_checkpointing=True if given.recompute == "blocks" else given.recompute,
             offload_optimizer=given.offload,
         ),
     )
     head = _model_lines(sized.name, sized.resolution, shape, batch, averages)
-    text = "\n".join([*head, *_cluster_lines(cluster), "", *describe(ranking, given.top)])
+    lines = [*_cluster_lines(cluster), _operations_line(ranking)]
+    text = "\n".join([*head, *lines, "", *describe(ranking, given.top)])
     if given.write:
         write_best(ranking, given.write)
         text += f"\nwritten       {given.write}"
     return text
+
+
+def _operations_line(ranking: Ranking) -> str:
+    compiled = ranking.best.layout.compiled_ops
+    how = (
+        "compiled ones, as installed here" if compiled else "reference ones: none compiled for GPUs are installed here"
+    )
+    return f"operations    {how}"
 
 
 def _model_lines(name: str, resolution: int, shape: ModelShape, batch: int, averages: int) -> list[str]:

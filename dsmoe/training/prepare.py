@@ -126,7 +126,7 @@ def prepare(command: Command, place: LaunchPlace) -> Prepared:
         model=model,
         codec=dict(codec.provenance),
         schedule=_end_points(recipe),
-        memory=_memory(recipe, model, layout_of(policy, batch, len(recipe.ema_decays)), device),
+        memory=_memory(recipe, model, _layout(recipe, policy, batch, device), device),
         warnings=tuple(_warnings(recipe, policy, dataset, _cache_command(command))),
     )
     folder = RunFolder(Path(command.run)) if command.run else default_run_folder(plan)
@@ -217,6 +217,11 @@ def _end_points(recipe: Recipe) -> dict[str, str]:
 
 def _shown(average: str) -> str:
     return average.replace(EMA, "EMA", 1)
+
+
+def _layout(recipe: Recipe, policy: EnginePolicy, batch: Batch, device: Device) -> Layout:
+    compiled = ops.compiled_block(device.kind, policy.block.ops)
+    return layout_of(policy, batch, len(recipe.ema_decays), compiled_ops=compiled)
 
 
 def _memory(recipe: Recipe, model: ModelFacts, layout: Layout, device: Device) -> dict[str, int]:

@@ -127,6 +127,32 @@ def test_activations_are_the_blocks_and_the_rest():
     assert recomputed.phases["backward begins"]["activations"] == 12 * stream + block + outside
 
 
+@pytest.mark.parametrize("spread", [1, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputed_experts_are_there_for_one_block_only(compiled, spread):
+    """Between nothing and whole blocks; a block's own inside comes back while it is at work."""
+    mine = shape("L/2-8E2A")
+    at = layout(1, 8, micro=8, compiled_ops=compiled, expert_parallel_size=spread)
+    ways = [
+        rank_memory(mine, dataclasses.replace(at, activation_checkpointing=way)) for way in (True, "experts", False)
+    ]
+    blocks, experts, nothing = (found.phases["backward begins"]["activations"] for found in ways)
+    assert blocks < experts < nothing
+    rows, hidden = 8 * 256 * 2, mine.spec.mlp_hidden
+    inside = {(False, 1): 4 * hidden + 1024, (False, 8): 4 * hidden, (True, 1): 2 * hidden, (True, 8): 3 * hidden}
+    # Without expert parallelism the reference makes the rows themselves again.
+    assert nothing - experts == 23 * 2 * rows * inside[compiled, spread]
+
+
+def test_the_compiled_block_makes_all_gradients_of_a_layers_experts_at_once():
+    mine = shape("L/2-8E2A")
+    one, all_ = (rank_memory(mine, layout(1, 1, micro=2, compiled_ops=on)) for on in (False, True))
+    matrix = 2 * 8 * 1024 * 4096
+    gradients = [found.phases["backward begins"]["gradients"] for found in (one, all_)]
+    assert gradients == [matrix, 3 * matrix]
+    assert all_.kept == one.kept
+
+
 def test_whole_model_at_the_start_can_be_the_fullest_moment():
     """Below stage 3 a rank makes the whole fp32 model: 66 GB for 16.5 B parameters, however many share it later."""
     whole = shape("G/2-16E2A")

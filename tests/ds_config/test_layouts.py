@@ -23,7 +23,7 @@ def without_unused(layout):
 # bf16 at stage 0 is refused by check_policy.
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), *itertools.product(("fp32", "bf16"), (1, 2, 3))])
 def test_what_is_written_loads_as_the_same_layout(tmp_path, precision, stage):
-    switches = itertools.product([False, True], [False] if stage == 0 else [False, True], [False, True])
+    switches = itertools.product([False, True, "experts"], [False] if stage == 0 else [False, True], [False, True])
     for recompute, offload, parameters in switches:
         layout = Layout(
             zero_stage=stage,

@@ -279,6 +279,8 @@ REFUSED = [
     ({"dsmoe": {"expert_parallel_size": True}}, ("'dsmoe.expert_parallel_size' is true", "whole number")),
     ({"dsmoe": {"expert_parallel_size": 0}}, ("'dsmoe.expert_parallel_size' is 0", "at least 1")),
     ({"dsmoe": {"activation_checkpointing": {}}}, ("'dsmoe.activation_checkpointing' is {}", "true or false")),
+    ({"dsmoe": {"activation_checkpointing": 1}}, ("'dsmoe.activation_checkpointing' is 1", 'or "experts"')),
+    ({"dsmoe": {"activation_checkpointing": "expert"}}, ('_checkpointing\' is "expert"', 'or "experts"')),
     ({"dsmoe": {"about": None}}, ("'dsmoe.about' is null", "text")),
     ({"dsmoe": {"data_workers": -1}}, ("'dsmoe.data_workers' is -1", "0 or more")),
     ({"dsmoe": {"timeout_minutes": 0}}, ("'dsmoe.timeout_minutes' 0", "above 0")),

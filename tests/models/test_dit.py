@@ -300,11 +300,15 @@ def test_statistics_are_those_of_the_layers(spec):
     torch.testing.assert_close(stats.load_per_sample.mean(0), stats.load)
 
 
-@pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
-def test_activation_checkpointing_changes_nothing_but_recomputes(spec):
+@pytest.mark.parametrize(
+    ("spec", "what", "blocks_again"),
+    [(DENSE, True, 2), (MOE, True, 2), (MOE, "experts", 0)],
+    ids=["dense", "moe", "experts"],
+)
+def test_activation_checkpointing_changes_nothing_but_recomputes(spec, what, blocks_again):
     x, t, y = batch()
     results = []
-    for recompute in (False, True):
+    for recompute in (False, what):
         model = build(spec)
         model.activation_checkpointing = recompute
         calls = []
@@ -317,12 +321,22 @@ def test_activation_checkpointing_changes_nothing_but_recomputes(spec):
         loss.backward()
         results.append((out, stats, {n: p.grad for n, p in model.named_parameters()}, len(calls)))
     (out, stats, grads, calls), (out_c, stats_c, grads_c, calls_c) = results
-    assert (calls, calls_c) == (2, 4)
+    assert (calls, calls_c) == (2, 2 + blocks_again)
     assert torch.equal(out, out_c)
     if stats is not None:
         assert all(torch.equal(a, b) for a, b in zip(stats, stats_c, strict=True))
     for name, grad in grads.items():
         assert torch.equal(grad, grads_c[name]), name
+
+
+def test_what_is_recomputed_can_be_changed_back():
+    model = build(MOE)
+    for what, lean in (("experts", True), (True, False), ("experts", True), (False, False)):
+        model.activation_checkpointing = what
+        assert model.activation_checkpointing == what
+        assert [block.moe.experts.recompute for block in model.blocks] == [lean] * 2
+    with pytest.raises(AssertionError, match="no experts"):
+        build(DENSE).activation_checkpointing = "experts"
 
 
 @pytest.mark.parametrize("spec", [DENSE, MOE, QK_NORM_MOE], ids=["dense", "moe", "qk_norm"])

@@ -50,9 +50,13 @@ def inputs(images, tokens):
 
 
 def outcome(layer, x, weight, recompute):
-    """Output, and gradients of the input and of every parameter, of a loss that also asks the router's losses."""
+    """Output, and gradients of the input and of every parameter, of a loss that also asks the router's losses.
+
+    recompute: nothing, the whole layer (True), or the inside of the "experts".
+    """
     x = x.clone().requires_grad_()
-    y, stats = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+    layer.experts.recompute = recompute == "experts"
+    y, stats = checkpoint(layer, x, use_reentrant=False) if recompute is True else layer(x)
     loss = (y * weight).sum() + len(x) * (stats.balance_loss + 0.1 * stats.z_loss)
     loss.backward()
     return y.detach(), x.grad, {name: p.grad for name, p in layer.named_parameters()}
@@ -114,7 +118,7 @@ def main():
         groups = create_groups(size)
         for kind, spec in KINDS.items():
             for name, (images, tokens, drawn) in CASES.items():
-                for recompute in (False, True):
+                for recompute in (False, True, "experts"):
                     worst, seen = case(spec, images, tokens, drawn, groups, recompute)
                     print("CASE", json.dumps([size, kind, name, recompute, seen, worst]), flush=True)
     distributed.shutdown()

@@ -54,8 +54,9 @@ def both(recorder=None):
     if recorder is not None:
         recorder.note("shared", moe.shared_experts)
         recorder.note("experts", moe.experts)
-        moe.mixture = lambda tokens, for_shared, routing, end: dispatch.across(
-            tokens, routing, moe.experts, None, meanwhile=lambda: moe.shared(for_shared), **end._asdict()
+        moe.start_shared = lambda tokens: lambda: moe.shared_experts(tokens)
+        moe.mixture = lambda tokens, shared, routing, end: dispatch.across(
+            tokens, routing, moe.experts, None, shared, **end._asdict()
         )
     y, stats = moe(x)
     (y.square().sum() + stats.balance_loss).backward()

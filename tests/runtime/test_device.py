@@ -1,6 +1,9 @@
 """Device choice with a pretended number of GPUs, and what can be measured on a CPU."""
 
+import contextlib
+import functools
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 from dsmoe.base.errors import ConfigError
 from dsmoe.runtime import device as device_module
-from dsmoe.runtime.device import Device, datasheet_peak
+from dsmoe.runtime.device import Device, beside, datasheet_peak
 
 
 @pytest.fixture
@@ -123,3 +126,90 @@ def test_gpu_measures():
     peak = gpu.peak_flops(torch.bfloat16)
     assert rate > 1e12
     assert peak is None or rate < peak
+
+
+class FakeStreams:
+    """Stands in for torch.cuda's streams: notes who waits for whom, and on which stream work is queued."""
+
+    def __init__(self, monkeypatch):
+        self.events = []
+        self.main = self.current = self.stream("main")
+        device_module._side_stream.cache_clear()
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream("side"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.within)
+
+    def stream(self, name):
+        wait = lambda other: self.events.append(f"{name} waits for {other.name}")  # noqa: E731
+        return SimpleNamespace(name=name, device=torch.device("cuda", 0), wait_stream=wait)
+
+    @contextlib.contextmanager
+    def within(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def tensor(self, name):
+        note = lambda stream: self.events.append(f"{name} is kept for {stream.name}")  # noqa: E731
+        return SimpleNamespace(name=name, device=torch.device("cuda", 0), record_stream=note)
+
+    def queue(self, name):
+        self.events.append(f"{name} on {self.current.name}")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    yield FakeStreams(monkeypatch)
+    device_module._side_stream.cache_clear()
+
+
+def test_beside_waits_in_the_right_order(streams):
+    x, y = streams.tensor("x"), streams.tensor("y")
+    streams.queue("before")
+    pending = beside(lambda given: (streams.queue(f"work with {given.name}"), y)[1], x)
+    streams.queue("meanwhile")
+    assert pending.result() is y
+    streams.queue("after")
+    assert streams.events == [
+        "before on main", "side waits for main", "work with x on side", "x is kept for side", "meanwhile on main",
+        "main waits for side", "y is kept for main", "after on main",
+    ]  # fmt: skip
+
+
+def test_beside_uses_one_side_stream_and_takes_work_without_a_result(streams):
+    x = streams.tensor("x")
+    first, second = (beside(lambda given: None, x) for _ in range(2))
+    assert first.result() is None
+    assert first._stream is second._stream
+
+
+def test_beside_works_at_once_on_a_cpu_and_when_compiled(streams, monkeypatch):
+    x = torch.ones(3)
+    assert torch.equal(beside(torch.neg, x).result(), -x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    done = []
+    beside(done.append, streams.tensor("x"))
+    assert len(done) == 1
+    assert streams.events == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_beside_on_a_gpu_gives_the_same_forward_and_backward():
+    """Many times with memory pressed, so that a missing wait or a block given away too early would show."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 512, generator=generator).cuda().requires_grad_()
+    x = torch.randn(4096, 512, generator=generator).cuda()
+
+    def run(start):
+        given = (x * 1.5).requires_grad_()
+        pending = start(lambda t: (t @ weight).relu() @ weight, given)
+        other = (given @ weight).sin()
+        y = pending() + other
+        del other
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (given, weight))]
+
+    expected = run(lambda work, given: functools.partial(lambda made: made, work(given)))
+    for _ in range(50):
+        found = run(lambda work, given: beside(work, given).result)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

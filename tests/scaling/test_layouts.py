@@ -26,8 +26,10 @@ def brute_force(experts, world, batch, precision):
     """Every combination of whole numbers that keeps the rules, as tuples."""
     valid = set()
     for stage, ep, micro, recompute, offload in itertools.product(
-        range(4), range(1, 17), range(1, batch + 1), (False, True), (False, True)
+        range(4), range(1, 17), range(1, batch + 1), (False, True, "experts"), (False, True)
     ):
+        if recompute == "experts" and not experts:
+            continue
         if precision != "fp32" and stage == 0:
             continue
         if offload and stage == 0:
@@ -68,8 +70,15 @@ def test_what_is_fixed_stays():
     assert len(layouts) == 1
     at = layouts[0]
     assert (at.zero_stage, at.expert_parallel_size, at.micro_batch, at.accumulation) == (2, 4, 6, 2)
-    assert at.activation_checkpointing
+    assert at.activation_checkpointing is True
     assert not at.offload_optimizer
+
+
+def test_a_dense_model_has_no_experts_to_recompute():
+    assert {at.activation_checkpointing for at in found("S/2-8E2A", 1, 8, 96)} == {False, True, "experts"}
+    assert {at.activation_checkpointing for at in found("S/2", 1, 8, 96)} == {False, True}
+    with pytest.raises(ConfigError, match=r"--recompute is experts, but the model is dense; choose blocks\."):
+        found("S/2", 1, 8, 96, activation_checkpointing="experts")
 
 
 @pytest.mark.parametrize(

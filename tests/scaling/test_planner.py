@@ -44,6 +44,7 @@ def test_the_rule_in_its_order():
         candidate(used=1, network=5, micro_batch=4, zero_stage=2, node=1),
         candidate(used=1, network=5, micro_batch=2, zero_stage=1, node=1),
         candidate(used=1, network=6, micro_batch=8, zero_stage=1, node=1),
+        candidate(used=1, network=2, micro_batch=8, zero_stage=1, node=1, activation_checkpointing="experts"),
         candidate(used=1, network=1, micro_batch=8, zero_stage=1, node=1, activation_checkpointing=True),
         candidate(used=1, network=1, micro_batch=8, zero_stage=1, node=1, offload_optimizer=True),
         candidate(used=11, network=1, micro_batch=8, zero_stage=1, node=1),

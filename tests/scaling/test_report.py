@@ -7,6 +7,7 @@ import pytest
 
 from dsmoe import __main__ as command
 from dsmoe.ds_config import check_policy, load_policy
+from dsmoe.scaling import report
 
 
 def plan(capsys, *arguments):
@@ -45,16 +46,40 @@ def test_resolution_and_batch_go_before_the_defaults(capsys):
     assert "a step        32 images" in out
 
 
-def test_the_written_file_is_accepted(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "written"),
+    [
+        (["--recompute"], True),
+        (["--recompute", "blocks"], True),
+        (["--recompute", "experts"], "experts"),
+        (["--no-recompute"], False),
+    ],
+    ids=["blocks by default", "blocks", "experts", "nothing"],
+)
+def test_the_written_file_is_accepted(capsys, tmp_path, option, written):
     file = tmp_path / "planned.json"
-    fixed = ["--zero", "3", "--micro-batch", "4", "--recompute", "--no-offload", "--expert-parallel", "1"]
+    fixed = ["--zero", "3", "--micro-batch", "4", *option, "--no-offload", "--expert-parallel", "1"]
     code, out, _ = plan(capsys, "--preset", "S/2-8E2A", "--nodes", "1", "--gpus", "8", *fixed, "--write", str(file))
     assert code == 0
     assert f"written       {file}" in out
     assert "1 layouts, 1 fit" in out
     policy = load_policy(str(file))
     check_policy(policy, device_type="cuda", num_experts=8, world_size=8)
-    assert (policy.stage, policy.micro_batch, policy.block.activation_checkpointing) == (3, 4, True)
+    assert (policy.stage, policy.micro_batch, policy.block.activation_checkpointing) == (3, 4, written)
+
+
+def test_the_plan_counts_the_operations_that_gpus_would_run(capsys, monkeypatch):
+    def activations(compiled):
+        monkeypatch.setattr(report.ops, "compiled_block", lambda kind: compiled)
+        fixed = ["--zero", "1", "--micro-batch", "4", "--no-recompute", "--no-offload", "--expert-parallel", "1"]
+        _, out, _ = plan(capsys, "--preset", "S/2-8E2A", *HERE, *fixed)
+        lines = out.splitlines()
+        told = next(line.split()[1] for line in lines if line.startswith("operations"))
+        return told, float(next(line.split()[1] for line in lines if line.startswith("activations")))
+
+    (compiled, less), (reference, more) = activations(True), activations(False)
+    assert (compiled, reference) == ("compiled", "reference")
+    assert less < 0.8 * more
 
 
 HERE = ["--nodes", "1", "--gpus", "8"]

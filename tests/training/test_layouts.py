@@ -21,7 +21,8 @@ CELLS = [
     ("moe", "sample", 2, 2, False, "fp32"),
     ("moe", "sample", 3, 1, True, "fp32"),
     ("moe", "step", 1, 2, True, "fp32"),
-    ("gelu", "sample", 3, 2, False, "fp32"),
+    ("moe", "sample", 3, 1, "experts", "fp32"),
+    ("gelu", "sample", 3, 2, "experts", "fp32"),
     ("dense", "none", 1, 1, False, "fp32"),
     ("dense", "none", 2, 1, True, "fp32"),
     # The bare loop itself, data parallel in fp64 without an engine: rounding is out of the way, so logic shows.
@@ -40,7 +41,7 @@ EXPERT_PARALLEL = [
     ("lone", "none", 3, 1, True, "fp32", 3, 2, 0.002, False, 3),
     ("gelu", "sample", 1, 2, False, "fp32", 3, 2, 0.0, False, None, "quickstart_ep2.json"),
     ("gelu", "sample", 3, 2, True, "fp32", 3, 2),
-    ("moe", "sample", 3, 1, False, "fp32", 3, 2),
+    ("moe", "sample", 3, 1, "experts", "fp32", 3, 2),
 ]
 
 # Design, invariance statement: losses, gradient norms, weights, averages, and the zero-gradient direction N x lr; the

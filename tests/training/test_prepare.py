@@ -13,6 +13,7 @@ from dsmoe.base.errors import ConfigError
 from dsmoe.base.memory import Buckets, Layout, ModelShape, rank_memory
 from dsmoe.base.plan import Plan, describe
 from dsmoe.base.recipe import load_recipe
+from dsmoe.ops import native
 from dsmoe.runtime.device import Device
 from dsmoe.runtime.distributed import discover
 from dsmoe.training.engine import build_engine
@@ -118,14 +119,16 @@ def test_the_plan_counts_the_memory_of_its_layout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(RECIPE_FILE)
     zero = {"stage": 2, "reduce_bucket_size": 1000}
-    engine = config(tmp_path, bf16={"enabled": True}, zero_optimization=zero)
-    memory = prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml"], ""), discover({})).plan.memory
     recipe = load_recipe("r.yaml")
     shape = ModelShape(spec=recipe.model, input_size=32, channels=3, num_classes=16, learn_sigma=True)
-    layout = Layout(
-        zero_stage=2, world_size=1, precision="bf16", micro_batch=128, buckets=Buckets(reduce=1000, gather=500_000_000)
-    )
-    assert memory == rank_memory(shape, layout, resident=True).peak
+    for preferred, compiled in (({}, bool(native.DEVICES)), ({"moe_ffn": "reference"}, False)):
+        engine = config(tmp_path, bf16={"enabled": True}, zero_optimization=zero, dsmoe={"ops": preferred})
+        command = parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml"], "")
+        layout = Layout(
+            zero_stage=2, world_size=1, precision="bf16", micro_batch=128, compiled_ops=compiled,
+            buckets=Buckets(reduce=1000, gather=500_000_000),
+        )  # fmt: skip
+        assert prepare(command, discover({})).plan.memory == rank_memory(shape, layout, resident=True).peak
     engine = config(tmp_path, zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
     memory = prepare(parse_command(["--deepspeed_config", engine, "--recipe", "r.yaml"], ""), discover({})).plan.memory
     assert memory["offloaded moments"] == 8 * shape.count.trained

@@ -272,6 +272,7 @@ def _backward_by_expert(
         products.mm(dh, w1[e], rows[mine])
         if swiglu:
             products.addmm(rows[mine], dup, w3[e], rows[mine])
+        del tokens, hidden, upper, da, dh, dup, a  # before the next expert's are made
     dgates = dgate.index_select(0, position.reshape(-1)).view(position.shape)
     if not swiglu:
         more, db2 = _bias_gradients(dy, gates, indices, _biases(w1, w3)[1])
