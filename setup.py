@@ -43,6 +43,8 @@ setup(
         "mpi": ["mpi4py"],
         "megatron": ["megatron-core"],
         "data": ["diffusers", "pyarrow"],
-        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"],
+        # nvdisasm: tests read the kernels' machine code with it.
+        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"]
+        + ["nvidia-cuda-nvdisasm; sys_platform == 'linux'"],
     },
 )
