@@ -43,8 +43,9 @@ setup(
         "mpi": ["mpi4py"],
         "megatron": ["megatron-core"],
         "data": ["diffusers", "pyarrow"],
-        # nvdisasm: tests read the kernels' machine code with it.
-        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"]
-        + ["nvidia-cuda-nvdisasm; sys_platform == 'linux'"],
+        "dev": [
+            *("pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"),
+            "nvidia-cuda-nvdisasm; sys_platform == 'linux'",  # tests read the kernels' machine code with it
+        ],
     },
 )
