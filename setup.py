@@ -44,6 +44,9 @@ setup(
         "mpi": ["mpi4py"],
         "megatron": ["megatron-core"],
         "data": ["diffusers", "pyarrow"],
-        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"],
+        "dev": [
+            *("pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"),
+            "nvidia-cuda-nvdisasm; sys_platform == 'linux'",  # tests read the kernels' machine code with it
+        ],
     },
 )
