@@ -118,9 +118,28 @@ def launch(name: str, given: argparse.Namespace, folder: Path, seconds: float) -
             finally:
                 _end(process)
         text = rows.read_text(encoding="utf-8") if rows.exists() else ""
-        kept = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        kept = [row for line in text.splitlines() if (row := _parsed(line)) is not None]
         error = "" if state == "done" else words.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
     return {"state": state, "rows": kept, "seconds": time.monotonic() - begun, "error": error}
+
+
+def _parsed(line: str) -> dict | None:
+    """A row; None for the last one of a process that was stopped while it wrote."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _table(name: str, every: dict) -> list[str]:
+    """A section's rows as markdown; a table that cannot be made must not cost the others."""
+    rows = every[name]["rows"]
+    if not rows:
+        return ["nothing was measured"]
+    try:
+        return module(name).table(rows, every)
+    except Exception as error:
+        return [f"the table failed ({type(error).__name__}: {error}); the rows are in the JSON file"]
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -145,7 +164,7 @@ def write(report: Path, every: dict, folder: Path) -> None:
         lines += [f"## {name}", "", f"{found['state']}, {found['seconds']:.0f} s", ""]
         if found["error"]:
             lines += ["```", found["error"], "```", ""]
-        lines += [*(module(name).table(found["rows"], every) if found["rows"] else ["nothing was measured"]), ""]
+        lines += [*_table(name, every), ""]
     report.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     if out := os.environ.get("OUT"):
         for file in (report.with_suffix(".json"), report.with_suffix(".md"), folder / "tuning.json"):
