@@ -168,5 +168,6 @@ def test_a_damaged_file_is_told_before_anything_is_measured(own_file, capsys, mo
     assert command.main(["tune", *arguments]) == 2
     assert f"tuning file {own_file} is damaged" in capsys.readouterr().err
     assert command.main(["doctor", "--no-measure"]) == 2
+    assert "op modulate" in capsys.readouterr().out, "the rest of the report is still there"
     with pytest.raises(ConfigError):
         tuning.read(own_file)
