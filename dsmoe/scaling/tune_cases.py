@@ -112,6 +112,6 @@ def _moe_ffn(draw: Callable[..., Tensor], to: ops.Routing, spec: ModelSpec) -> C
 
     def arguments(given: Mapping[str, Tensor]) -> tuple:
         weights = (given["w1"], given["w2"], given["w3"])
-        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, given["add"], False)
+        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, given["add"])
 
     return Case("moe_ffn", inputs, arguments)
