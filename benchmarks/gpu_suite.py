@@ -109,10 +109,12 @@ def launch(name: str, given: argparse.Namespace, folder: Path, seconds: float) -
         rows, words = Path(scratch, "rows"), Path(scratch, "words")
         command = [sys.executable, __file__, "--section", name, "--rows", str(rows), "--device", given.device]
         command += ["--seconds", str(seconds), "--folder", str(folder), *(["--quick"] if given.quick else [])]
+        # No tuning file: the default order is what is measured.
+        environment = {k: v for k, v in os.environ.items() if k != "DSMOE_TUNING"} | {"XDG_CACHE_HOME": scratch}
         begun = time.monotonic()
         with open(words, "w", encoding="utf-8") as file:
             # A session of its own, so that what it started ends with it.
-            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
             try:
                 code = process.wait(seconds)
                 state = "done" if code == 0 else "failed"
