@@ -30,9 +30,9 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [entry for entry in (str(ROOT), str(ROOT / "benchmarks")) if entry not in sys.path]
 
-# In this order, each with the seconds it may take.
+# In this order, each with the seconds it may take; the first import of torch on a fresh machine is slow.
 SECTIONS = {
-    "environment": 30,
+    "environment": 60,
     "build": 75,
     "gpu_tests": 90,
     "rates": 30,
@@ -43,6 +43,8 @@ SECTIONS = {
     "tune": 60,
 }
 TOTAL_SECONDS = 525
+# A dry run may share a slow CPU with other work; nothing is measured.
+DRY_RUN_PATIENCE = 4
 
 
 def main(argv: list[str]) -> int:
@@ -86,8 +88,9 @@ def run_all(given: argparse.Namespace, folder: Path) -> int:
     begun, report = time.monotonic(), folder / f"gpu_suite_{date.today()}"
     every: dict = {"settings": {"device": given.device, "quick": given.quick, "date": str(date.today())}}
     for name in given.sections:
-        left = TOTAL_SECONDS - (time.monotonic() - begun)
-        every[name] = launch(name, given, folder, min(SECTIONS[name], left))
+        patience = 1 if given.device == "cuda" else DRY_RUN_PATIENCE
+        left = patience * TOTAL_SECONDS - (time.monotonic() - begun)
+        every[name] = launch(name, given, folder, min(patience * SECTIONS[name], left))
         found = every[name]
         print(
             f"{name}: {found['state']}, {len(found['rows'])} rows, {found['seconds']:.0f} s {found['error']}",
@@ -106,10 +109,12 @@ def launch(name: str, given: argparse.Namespace, folder: Path, seconds: float) -
         rows, words = Path(scratch, "rows"), Path(scratch, "words")
         command = [sys.executable, __file__, "--section", name, "--rows", str(rows), "--device", given.device]
         command += ["--seconds", str(seconds), "--folder", str(folder), *(["--quick"] if given.quick else [])]
+        # No tuning file: the default order is what is measured.
+        environment = {k: v for k, v in os.environ.items() if k != "DSMOE_TUNING"} | {"XDG_CACHE_HOME": scratch}
         begun = time.monotonic()
         with open(words, "w", encoding="utf-8") as file:
             # A session of its own, so that what it started ends with it.
-            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
             try:
                 code = process.wait(seconds)
                 state = "done" if code == 0 else "failed"
@@ -118,9 +123,28 @@ def launch(name: str, given: argparse.Namespace, folder: Path, seconds: float) -
             finally:
                 _end(process)
         text = rows.read_text(encoding="utf-8") if rows.exists() else ""
-        kept = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        kept = [row for line in text.splitlines() if (row := _parsed(line)) is not None]
         error = "" if state == "done" else words.read_text(encoding="utf-8", errors="replace").strip()[-1500:]
     return {"state": state, "rows": kept, "seconds": time.monotonic() - begun, "error": error}
+
+
+def _parsed(line: str) -> dict | None:
+    """A row; None for the last one of a process that was stopped while it wrote."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _table(name: str, every: dict) -> list[str]:
+    """A section's rows as markdown; a table that cannot be made must not cost the others."""
+    rows = every[name]["rows"]
+    if not rows:
+        return ["nothing was measured"]
+    try:
+        return module(name).table(rows, every)
+    except Exception as error:
+        return [f"the table failed ({type(error).__name__}: {error}); the rows are in the JSON file"]
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -145,7 +169,7 @@ def write(report: Path, every: dict, folder: Path) -> None:
         lines += [f"## {name}", "", f"{found['state']}, {found['seconds']:.0f} s", ""]
         if found["error"]:
             lines += ["```", found["error"], "```", ""]
-        lines += [*(module(name).table(found["rows"], every) if found["rows"] else ["nothing was measured"]), ""]
+        lines += [*_table(name, every), ""]
     report.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     if out := os.environ.get("OUT"):
         for file in (report.with_suffix(".json"), report.with_suffix(".md"), folder / "tuning.json"):

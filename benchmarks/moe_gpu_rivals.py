@@ -141,7 +141,7 @@ class SonicMoE(Rival):
 
 
 LOOP, AUTOEP = "per-expert loop", "AutoEP"
-# In the order in which they are built; what takes long to compile comes last.
+COMPILED, COMPILED_LOOP = "torch.compile, grouped", "torch.compile, loop"
 GPU_RIVALS = {
     LOOP: Loop,
     "sorted, grouped products": Grouped,
@@ -150,8 +150,8 @@ GPU_RIVALS = {
     "MegaBlocks": MegaBlocks,
     "ScatterMoE": ScatterMoE,
     "SonicMoE": SonicMoE,
-    "torch.compile, grouped": CompiledGrouped,
-    "torch.compile, loop": CompiledLoop,
+    COMPILED: CompiledGrouped,
+    COMPILED_LOOP: CompiledLoop,
 }
 _NEEDS = {
     AUTOEP: "deepspeed",

@@ -82,8 +82,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if arguments.deepspeed_config:
         ops.prefer(load_policy(arguments.deepspeed_config).block.ops, Device.pick().kind)
-    _print_table([("dsmoe", __version__), *report(ops.implementations, ops.kernels(), not arguments.no_measure)])
-    _print_table([("tuning", line) for line in tuning.describe(Device.pick().name)])
+    found = [("dsmoe", __version__), *report(ops.implementations, ops.kernels(), not arguments.no_measure)]
+    try:
+        found += [("tuning", line) for line in tuning.describe(Device.pick().name)]
+    finally:  # a damaged tuning file must not keep the rest back
+        _print_table(found)
     if arguments.ds_report:
         from dsmoe.training import ds_report
 

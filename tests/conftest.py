@@ -1,4 +1,4 @@
-"""Shared set-up of the tests: import paths, and what a machine without a GPU leaves out."""
+"""Shared set-up of the tests: import paths and thread count."""
 
 import sys
 from pathlib import Path
@@ -16,11 +16,9 @@ def repo_root() -> Path:
     return ROOT
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not _gpu():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch sees none"))
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not _gpu():
+        pytest.skip("needs a GPU: torch sees none")
 
 
 def _gpu() -> bool:

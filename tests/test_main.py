@@ -57,10 +57,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert shown.out == ""
 
 
-def test_doctor_reports_every_op_and_the_device(capsys):
+def test_doctor_reports_every_op_and_the_device(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert command.main(["doctor", "--no-measure"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert "op route" in lines
+    assert lines["tuning"].strip().startswith("shipped with the package: ")
     assert {"dsmoe", "python", "torch", "device", "deepspeed", "compiler", "nvcc", "extensions"} <= {
         k.strip() for k in lines
     }

@@ -1,12 +1,11 @@
 """One MoE layer, forward and backward, beside its rivals: seconds by round, peak memory, the time of its products."""
 
 import statistics
-import time
 from collections.abc import Iterator
 
 import moe_layer
 import torch
-from moe_gpu_rivals import GPU_RIVALS, missing
+from moe_gpu_rivals import COMPILED, COMPILED_LOOP, GPU_RIVALS, missing
 from moe_rivals import agree
 
 from gpu_sections.rates import PRODUCT, rate
@@ -19,16 +18,21 @@ ROUNDS = 7
 
 
 def run(settings: Settings) -> Iterator[dict]:
-    """A row a cell, the shape of the targets first."""
+    """A row a cell, the shape of the targets first; then the cells again beside what must be compiled, which may take
+    all the time that is left."""
     shapes = {"quick": (64, "swiglu"), "quick GELU": (64, "gelu")} if settings.quick else SHAPES
-    begun = time.perf_counter()
-    for name, (dim, kind) in shapes.items():
-        torch.compiler.reset()  # what was compiled for another width would count against the limit of recompilations
-        for tokens in (256,) if settings.quick else TOKENS:
-            # What compiles last and slowest stays out where half the time is gone.
-            late = time.perf_counter() - begun > settings.seconds / 2
-            names = [rival for rival in GPU_RIVALS if not (settings.quick or late) or "compile" not in rival]
-            yield {"shape": name, **cell(dim, kind, tokens, names, settings)}
+    every = [(name, tokens) for name in shapes for tokens in ((256,) if settings.quick else TOKENS)]
+    plain = [name for name in GPU_RIVALS if name not in (COMPILED, COMPILED_LOOP)]
+    for name, tokens in every:
+        yield {"shape": name, "compiled": False, **cell(*shapes[name], tokens, plain, settings)}
+    if settings.quick:
+        return
+    for name, tokens in every:
+        if tokens == TOKENS[0]:
+            torch.compiler.reset()  # code for another width would count against the limit of recompilations
+        yield {"shape": name, "compiled": True, **cell(*shapes[name], tokens, [COMPILED], settings)}
+    name, tokens = every[0]
+    yield {"shape": name, "compiled": True, **cell(*shapes[name], tokens, [COMPILED_LOOP], settings)}
 
 
 def cell(dim: int, kind: str, tokens: int, names: list[str], settings: Settings) -> dict:
@@ -117,13 +121,14 @@ def table(rows: list[dict], every: dict) -> list[str]:
         "| shape | tokens | ours, ms | T_matmul / ours | " + " | ".join(GPU_RIVALS) + " |",
         "|---" * (4 + len(GPU_RIVALS)) + "|",
     ]
-    for row in rows:
+    for row in (row for row in rows if not row["compiled"]):
         part = product_share(row, product)
         ours = f"{1e3 * statistics.median(row['seconds'][OURS]):.2f}" if OURS in row["seconds"] else "failed"
         cells = [row["shape"], str(row["tokens"]), ours + _mebibytes(row, OURS), "-" if part is None else f"{part:.2f}"]
+        same = [other for other in rows if (other["shape"], other["tokens"]) == (row["shape"], row["tokens"])]
         for name in GPU_RIVALS:
-            ratio = speedup(row, name)
-            cells.append("-" if ratio is None else f"{ratio:.2f}" + _mebibytes(row, name))
+            found = [f"{ratio:.2f}" + _mebibytes(r, name) for r in same if (ratio := speedup(r, name)) is not None]
+            cells.append(found[0] if found else "-")
         shown.append("| " + " | ".join(cells) + " |")
     reasons = {f"{name}: {why}" for row in rows for name, why in row["absent"].items()}
     return shown + (["", "Not measured: " + "; ".join(sorted(reasons)) + "."] if reasons else [])

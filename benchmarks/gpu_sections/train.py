@@ -61,8 +61,8 @@ def _training(spec: ModelSpec, side: int, images: int, settings: Settings) -> Ca
     """One step over a fixed batch: forward, backward, clipping, AdamW in fp32, average, weights rounded to bf16."""
     place = settings.torch_device
     torch.manual_seed(0)
-    with place:
-        model = DiT(spec, input_size=side, in_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True).bfloat16()
+    model = DiT(spec, input_size=side, in_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+    model = model.to(place).bfloat16()
     stored = list(model.parameters())
     masters = [p.detach().float() for p in stored]
     averages = [m.clone() for m in masters]

@@ -1,6 +1,7 @@
 """Which implementation serves an operation: by device type, printable, measured or preferred by name, overridable in
 tests."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,11 @@ class Op:
         return self.choose(x.device.type, tuned).function(x, *args, **kwargs)
 
     def tuned(self, device: torch.device, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> str | None:
-        """Name of the implementation measured best there (dsmoe.ops.tuning), None where nothing was measured."""
+        """Name of the implementation measured best there (dsmoe.ops.tuning), None where nothing was measured.
+
+        torch.compile makes a constant of every size: tokens for a bucket, widths as they are.
+        """
+        sizes = tuple([(name, operator.index(size)) for name, size in sizes])
         return tuning.choice(self.name, device.type, device.index or 0, dtype, sizes)
 
     def choose(self, device_type: str, tuned: str | None = None) -> Implementation:

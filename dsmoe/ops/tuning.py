@@ -148,7 +148,8 @@ def device_name(kind: str, index: int) -> str:
 
 
 def describe(device: str) -> list[str]:
-    """Lines for the doctor: which file, how many entries serve this device, how many do not and why.
+    """Lines for the doctor: which file, how many entries serve this device, how many do not and why; then each that
+    changes what runs.
 
     device: the maker's name. Raises ConfigError for a damaged file.
     """
@@ -160,14 +161,21 @@ def describe(device: str) -> list[str]:
             lines.append(f"{path}: no such file; nothing was measured here (python -m dsmoe tune)")
             continue
         here = [e for e in entries if e.device == device]
-        good = sum(e.measured and e.versions == now for e in here)
+        good = [e for e in here if e.measured and e.versions == now]
         stale = [e for e in here if e.measured and e.versions != now]
-        line = f"{source}: {good} entries in use for {device}, {len(entries) - len(here)} of other devices"
+        line = f"{source}: {len(good)} entries in use for {device}, {len(entries) - len(here)} of other devices"
         if stale:
             line += f", {len(stale)} not used because measured with other versions ({_differences(stale[-1], now)})"
         untimed = {e.about for e in entries if not e.measured}
         lines.append(line + "".join(f"; some not measured: {about}" for about in sorted(untimed)))
+        lines += [_described(entry) for entry in good if entry.ratios.get(entry.choice, 1.0) != 1.0]
     return lines
+
+
+def _described(entry: Entry) -> str:
+    sizes = " ".join(f"{name} {size}" for name, size in entry.sizes.items())
+    dtype, speed = entry.dtype.removeprefix("torch."), entry.ratios[entry.choice]
+    return f"{entry.op}, {dtype}, {sizes}: {entry.choice}, {speed:.2f} times as fast as the default ({entry.about})"
 
 
 def _differences(entry: Entry, now: Mapping[str, str]) -> str:

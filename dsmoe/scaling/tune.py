@@ -84,8 +84,8 @@ def measure(
     spec = preset(name)
     every = cases(spec, tokens, device.torch_device, dtype)
     checked = cases(spec, min(tokens, CHECKED_TOKENS), device.torch_device, dtype)
-    wanted = [op for op in every if op in (only or every)]
-    return (_finding(every[op], checked[op](), device, rounds) for op in wanted)
+    wanted = [name for name in every if only is None or name.split(",")[0] in only]
+    return (_finding(every[name], checked[name](), device, rounds) for name in wanted)
 
 
 def entry(finding: Finding, device: Device, dtype: torch.dtype) -> tuning.Entry:

@@ -30,10 +30,12 @@ class Case:
 
 
 def cases(spec: ModelSpec, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
-    """op -> what makes its case; a dense model has `modulate` alone. Made one by one: each takes much memory.
+    """Name -> what makes a case; the name begins with the op's. A dense model has `modulate` alone.
 
-    expert_act and moe_ffn are those of the routed experts, sum_rows that of a block (the shared expert's output added,
-    result in the narrow dtype).
+    Made one by one, because each takes much memory.
+
+    expert_act is that of the routed experts, and once more that of the shared one; sum_rows that
+    of a block (the shared expert's output added, result in the narrow dtype).
     """
 
     def draw(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
@@ -58,6 +60,8 @@ def cases(spec: ModelSpec, tokens: int, device: torch.device, dtype: torch.dtype
     found["gather_rows"] = lambda: _gather_rows(draw, routing(), spec)
     found["sum_rows"] = lambda: _sum_rows(draw, routing(), spec)
     found["expert_act"] = lambda: _expert_act(draw, routing(), spec)
+    if spec.shared_hidden:
+        found["expert_act, shared expert"] = lambda: _shared_act(draw, tokens, spec)
     found["moe_ffn"] = lambda: _moe_ffn(draw, routing(), spec)
     return found
 
@@ -94,6 +98,11 @@ def _expert_act(draw: Callable[..., Tensor], to: ops.Routing, spec: ModelSpec) -
     )  # fmt: skip
 
 
+def _shared_act(draw: Callable[..., Tensor], tokens: int, spec: ModelSpec) -> Case:
+    inputs = {name: draw(tokens, spec.shared_hidden) for name in ("h", "up")}
+    return Case("expert_act", inputs, lambda given: (given["h"], "swiglu", given["up"]))
+
+
 def _moe_ffn(draw: Callable[..., Tensor], to: ops.Routing, spec: ModelSpec) -> Case:
     experts, dim, hidden = spec.num_experts, spec.dim, spec.mlp_hidden
     third = (experts, hidden, dim) if spec.expert_kind == "swiglu" else (experts, 1, hidden + dim)
@@ -103,6 +112,6 @@ def _moe_ffn(draw: Callable[..., Tensor], to: ops.Routing, spec: ModelSpec) -> C
 
     def arguments(given: Mapping[str, Tensor]) -> tuple:
         weights = (given["w1"], given["w2"], given["w3"])
-        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, given["add"], False)
+        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, given["add"])
 
     return Case("moe_ffn", inputs, arguments)

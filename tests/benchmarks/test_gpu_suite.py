@@ -1,6 +1,7 @@
 """benchmarks/gpu_suite.py: every section runs on a CPU in tiny sizes, floors by other formulas, verdicts, failures."""
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -35,7 +36,7 @@ def test_a_section_runs_and_prints_its_rows(name, tmp_path):
         assert {row["op"] for row in rows} == set(op_floors.OPS)
         assert all(row["seconds"] > 0 for row in rows)
     if name == "layer":
-        can = {n for n, rival in GPU_RIVALS.items() if not missing(n) and "compile" not in n}
+        can = {n for n in GPU_RIVALS if not missing(n) and "compile" not in n}
         assert set(rows[0]["seconds"]) == can | {layer.OURS}, rows[0]["absent"]
         assert "Megatron-core permute" not in can or set(rows[1]["seconds"]) >= {"Megatron-core permute"}
     if name == "repeat":
@@ -85,7 +86,14 @@ def test_flops_are_those_of_the_facts():
 def cell(tokens, ours, loop, autoep, peaks=(100, 120)):
     seconds = {layer.OURS: [ours] * 3, "per-expert loop": [loop] * 3, "AutoEP": [autoep] * 3}
     peak = dict(zip((layer.OURS, "AutoEP"), peaks, strict=True))
-    return {"shape": "L/2", "tokens": tokens, "seconds": seconds, "peak_bytes": peak, "flops": 60e12 * tokens / 16384}
+    return {
+        "shape": "L/2",
+        "compiled": False,
+        "tokens": tokens,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "flops": 60e12 * tokens / 16384,
+    }
 
 
 def results(cells, device="cuda", share=0.85):
@@ -156,14 +164,14 @@ def test_a_section_that_fails_or_hangs_keeps_its_rows_and_the_rest_goes_on(what,
     (copy / "gpu_sections/__init__.py").write_text("")
     (copy / "gpu_sections/settings.py").write_text("class Settings:\n    def __init__(self, *_): pass\n")
     (copy / "gpu_sections/rates.py").write_text(SECTION.format(what=what))
-    scope = {"__file__": str(copy / "gpu_suite.py"), "__name__": "copied"}
-    code = compile((copy / "gpu_suite.py").read_text(), scope["__file__"], "exec")
+    spec = importlib.util.spec_from_file_location("copied_suite", copy / "gpu_suite.py")
+    copied = importlib.util.module_from_spec(spec)
     before = list(sys.path)
-    exec(code, scope)
+    spec.loader.exec_module(copied)
     sys.path[:] = before
     given = argparse.Namespace(device="cpu", quick=True)
     begun = time.monotonic()
-    found = scope["launch"]("rates", given, tmp_path, 8.0 if "sleep" in what else 60.0)
+    found = copied.launch("rates", given, tmp_path, 8.0 if "sleep" in what else 60.0)
     assert time.monotonic() - begun < 60
     assert (found["state"], len(found["rows"])) == (state, rows), found
     assert words in found["error"]

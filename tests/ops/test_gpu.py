@@ -140,6 +140,7 @@ def test_an_fp16_engine_trains_with_its_loss_scaler(tmp_path):
     (tmp_path / "engine.json").write_text(json.dumps(config))
     command = [sys.executable, str(root / "launchers/pretrain.py"), "--deepspeed_config", str(tmp_path / "engine.json")]
     command += ["--run", str(tmp_path / "run"), "data.size=64", "train.images=512", "report.sample_every=0"]
+    command += ["optimizer.warmup_images=64"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

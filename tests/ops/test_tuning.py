@@ -182,7 +182,8 @@ def test_the_doctor_tells_what_is_used_and_what_is_stale(file):
     name = Device("cpu").name
     old = here(versions=tuning.current_versions() | {"torch": "1.0"})
     tuning.write(file, [here(), old, ENTRY])
-    first, second = tuning.describe(name)
+    first, changed, second = tuning.describe(name)
+    assert changed.startswith("modulate, float32, tokens 64 dim 8: reference, 1.50 times as fast as the default")
     assert f"{file}: 1 entries in use for {name}, 1 of other devices" in first
     assert f"1 not used because measured with other versions (torch 1.0, here {torch.__version__})" in first
     assert "some not measured: no GPU was at hand" in second
