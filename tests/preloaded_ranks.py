@@ -1,7 +1,7 @@
 """Processes that begin with torch and DeepSpeed imported. For distributed_harness.
 
-Importing them is 8 s of CPU a process, more than most distributed tests train. Here one process per rank number imports
-them once and is forked for each launch (fork_server). The ranks of a launch come from different ones, so they differ in
+Importing what an engine imports takes more CPU than most distributed tests train. Here one process per rank number does
+it once and is forked for each launch (fork_server). The ranks of a launch come from different ones, so they differ in
 what they would differ in: hash seed, addresses, numpy's global generator. dsmoe itself is imported anew by each.
 """
 
@@ -18,7 +18,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-MODULES = ("torch", "deepspeed")
+# What others wrote that a training rank imports sooner or later: an optimizer of torch imports dynamo, DeepSpeed's
+# engine calls torch.compile, rank 0 draws and writes curves.
+MODULES = (
+    "torch", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed",
+    "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
+)  # fmt: skip
 # Read when those are imported, so that a launch cannot ask for other values.
 READ_AT_IMPORT = {"OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"}
 _SERVER = Path(__file__).with_name("fork_server.py")
