@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import preloaded_ranks
-from preloaded_ranks import READ_AT_IMPORT, ForkServer
+from preloaded_ranks import PRELOADED, READ_AT_IMPORT, ForkServer
 
 from dsmoe.runtime.launch_environment import free_port
 
@@ -52,13 +52,14 @@ def launch(
 
     timeout: seconds after which all are ended, each leaving its Python stacks in stderr; ranks whose peer
     failed get 10 s. env: added to the inherited environment, from which launch variables are removed; one CPU
-    thread a rank. preloaded: the ranks begin with torch and DeepSpeed imported. Returns also when ranks fail: see
-    `assert_succeeded`.
+    thread a rank. preloaded: ranks 0 and 1 begin with torch and DeepSpeed imported. Returns also when ranks fail:
+    see `assert_succeeded`.
     """
-    servers: Sequence[ForkServer | None] = [None] * world_size
+    servers: list[ForkServer | None] = [None] * world_size
     if preloaded:
         assert not READ_AT_IMPORT & (env or {}).keys(), "too late for preloaded ranks"
-        servers = preloaded_ranks.servers([_environment(rank, world_size, 0, None) for rank in range(world_size)])
+        first = range(min(world_size, PRELOADED))
+        servers[: len(first)] = preloaded_ranks.servers([_environment(r, world_size, 0, None) for r in first])
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: list[_Rank] = []

@@ -2,7 +2,8 @@
 
 fork_server.py MODULE...: says "ready", then takes one request after another from stdin, a line of JSON {"argv", "env",
 "cwd", "stdout", "stderr"} each. The process goes on as `python argv...` would, in a process group of its own. Answers
-are two lines: its id, and its exit code when it has ended (negative for a signal). Ends with stdin.
+are two lines: its id, and its exit code when it has ended (negative for a signal). Ends with stdin. When the imports
+started threads it says "threads" and ends: a fork takes along one thread, and a lock that another holds stays held.
 """
 
 import importlib
@@ -19,7 +20,10 @@ def serve(modules: list[str]) -> dict:
     os.dup2(2, 1)  # modules may print when they are imported
     for name in modules:
         importlib.import_module(name)
-    refuse_threads()
+    tasks = Path("/proc/self/task")
+    if tasks.exists() and len(list(tasks.iterdir())) > 1:
+        print("threads", file=answers)
+        os._exit(0)  # without waiting for them
     print("ready", file=answers)
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()
@@ -29,14 +33,6 @@ def serve(modules: list[str]) -> dict:
         print(pid, file=answers)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers)
     sys.exit()
-
-
-def refuse_threads() -> None:
-    """A fork takes along this thread alone: a lock that another one holds would never be free again."""
-    tasks = Path("/proc/self/task")
-    if tasks.exists() and len(list(tasks.iterdir())) > 1:
-        print("imports started threads", file=sys.stderr, flush=True)
-        os._exit(1)  # without waiting for them
 
 
 def take_place(request: dict) -> list[str]:

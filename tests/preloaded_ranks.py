@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # What others wrote that a training rank imports sooner or later: an optimizer of torch imports dynamo, DeepSpeed's
-# engine calls torch.compile, rank 0 draws and writes curves.
-MODULES = (
-    "torch", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed",
-    "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
-)  # fmt: skip
+# engine calls torch.compile, rank 0 draws a plot.
+MODULES = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed", "matplotlib.backends.backend_agg")
+# Ranks; the few tests with more would not win by it.
+PRELOADED = 2
 # Read when those are imported, so that a launch cannot ask for other values.
 READ_AT_IMPORT = {"OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"}
 _SERVER = Path(__file__).with_name("fork_server.py")
@@ -32,14 +31,15 @@ _ANSWER_SECONDS = 30.0
 _servers: dict[int, "ForkServer"] = {}
 
 
-def servers(envs: Sequence[Mapping[str, str]]) -> list["ForkServer"]:
-    """One a rank, ready; those that are missing are made and import at the same time, each in its environment."""
+def servers(envs: Sequence[Mapping[str, str]]) -> list["ForkServer | None"]:
+    """One a rank, ready; those that are missing are made and import at the same time, each in its environment.
+
+    None where the imports start threads, as other versions of them may: such ranks have to begin without.
+    """
     for rank, env in enumerate(envs):
         if rank not in _servers:
             _servers[rank] = ForkServer(MODULES, env)
-    for rank in range(len(envs)):
-        _servers[rank].await_imports()
-    return [_servers[rank] for rank in range(len(envs))]
+    return [_servers[rank] if _servers[rank].usable() else None for rank in range(len(envs))]
 
 
 class ForkServer:
@@ -52,19 +52,20 @@ class ForkServer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
         self._read = b""
-        self._ready = False
+        self._state = ""
         atexit.register(self.close)
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, out: Path, err: Path) -> "ForkedProcess":
-        """Begin `python argv...` with its output in these files; after `await_imports`."""
+        """Begin `python argv...` with its output in these files; when `usable`."""
         request = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "stdout": str(out), "stderr": str(err)}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         return ForkedProcess(self, int(self._expect(_ANSWER_SECONDS)))
 
-    def await_imports(self) -> None:
-        """Return once a process can begin."""
-        if not self._ready:
-            self._ready = self._expect(_IMPORT_SECONDS) == "ready"
+    def usable(self) -> bool:
+        """Wait until all is imported; whether it can be forked, which a process with threads cannot."""
+        if not self._state:
+            self._state = self._expect(_IMPORT_SECONDS)
+        return self._state == "ready"
 
     def answer(self, seconds: float) -> str | None:
         """The next line, or None if none comes in time; RuntimeError if the server has ended."""

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import preloaded_ranks
 import pytest
 from distributed_harness import assert_succeeded, launch
 from preloaded_ranks import ForkServer
@@ -98,7 +99,7 @@ def server(tmp_path):
 
 def _forked(server, folder, argv, env=None):
     """(exit code, stdout, stderr) of a process that begins with the server's imports."""
-    server.await_imports()
+    assert server.usable()
     out, err = folder / "out", folder / "err"
     return server.start(list(map(str, argv)), env or {}, folder, out, err).wait(), out.read_text(), err.read_text()
 
@@ -143,12 +144,19 @@ def test_a_forked_process_ends_as_a_started_one_and_the_next_begins_anew(tmp_pat
 
 
 def test_a_fork_server_that_cannot_import_says_why(tmp_path):
-    for modules, reason in (
-        (["no_such_module"], "No module named 'no_such_module'"),
-        (["threaded"], "started threads"),
-    ):
-        (tmp_path / "threaded.py").write_text("import threading, time\nthreading.Timer(60, print).start()\n")
-        server = ForkServer(modules, {**os.environ, "PYTHONPATH": str(tmp_path)})
-        with pytest.raises(RuntimeError, match=reason):
-            server.await_imports()
-        server.close()
+    server = ForkServer(["no_such_module"], {**os.environ, "PYTHONPATH": str(tmp_path)})
+    with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
+        server.usable()
+    server.close()
+
+
+def test_where_imports_start_threads_nothing_is_forked(tmp_path, monkeypatch):
+    (tmp_path / "threaded.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()\n"
+    )
+    monkeypatch.setattr(preloaded_ranks, "MODULES", ["threaded"])
+    monkeypatch.setattr(preloaded_ranks, "_servers", {})
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert preloaded_ranks.servers([env, env]) == [None, None]
+    script = _script(tmp_path, "import sys\nprint('threaded' in sys.modules)\n")
+    assert launch([script], world_size=1, preloaded=True)[0].stdout == "False\n"
