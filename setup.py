@@ -45,7 +45,7 @@ setup(
         "megatron": ["megatron-core"],
         "data": ["diffusers", "pyarrow"],
         "dev": [
-            *("pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"),
+            *("pytest>=9", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"),
             "nvidia-cuda-nvdisasm; sys_platform == 'linux'",  # tests read the kernels' machine code with it
         ],
     },
