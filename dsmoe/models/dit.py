@@ -205,13 +205,37 @@ class DiT(FixedBufferModule):
         for block in self.blocks:
             if self.activation_checkpointing is True and torch.is_grad_enabled():
                 # Nothing in a block draws from torch's generators, so their state need not be kept.
-                tokens, stats = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+                tokens, stats = checkpoint(_kept_to_the_end, block, tokens, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens, stats = block(tokens, c)
             if stats is not None:
                 layers.append(stats)
         out = unpatchify(self.final_layer(tokens, c), self.spec.patch)
         return out, (_stack(layers) if layers else None)
+
+
+class _KeepOutput(torch.autograd.Function):
+    """The identity, whose backward pass asks for what it has kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        assert ctx.saved_tensors  # asking is what makes `checkpoint` compute the block again
+        return grad
+
+
+def _kept_to_the_end(block: Block, x: Tensor, c: Tensor) -> tuple[Tensor, MoEStats | None]:
+    """A block to be recomputed: as a whole, before the backward pass enters it.
+
+    The block's last operation may be the experts' own. ZeRO-3 gathers their weights as the backward pass reaches them,
+    and drops them again after each forward: were the block computed anew only then, nothing would be left to go on with.
+    """
+    x, stats = block(x, c)
+    return _KeepOutput.apply(x), stats
 
 
 def _reset(module: nn.Module) -> None:

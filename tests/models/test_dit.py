@@ -329,6 +329,21 @@ def test_activation_checkpointing_changes_nothing_but_recomputes(spec, what, blo
         assert torch.equal(grad, grads_c[name]), name
 
 
+def test_a_block_is_recomputed_before_the_backward_pass_enters_its_experts():
+    """ZeRO-3 gathers weights when the backward pass comes to a module, and drops them after every forward."""
+    model = build(MOE)
+    model.activation_checkpointing = True
+    forwards, entered = [], {}
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: forwards.append(number))
+        block.moe.experts.register_full_backward_pre_hook(
+            lambda *_, number=number: entered.update({number: forwards.count(number)})
+        )
+    out, _ = model(*batch())
+    out.square().mean().backward()
+    assert entered == {0: 2, 1: 2}
+
+
 def test_what_is_recomputed_can_be_changed_back():
     model = build(MOE)
     for what, lean in (("experts", True), (True, False), ("experts", True), (False, False)):
