@@ -100,16 +100,6 @@ def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
 
 
-def operation(name: str) -> Op:
-    """An op by name, with its implementations and the sizes that tuning goes by."""
-    return _OPS[name]
-
-
-def tunable() -> tuple[str, ...]:
-    """Ops of which `python -m dsmoe tune` measures the implementations."""
-    return tuple(name for name, op in _OPS.items() if op.sizes is not None)
-
-
 def check_preferences(preferences: Mapping[str, str], device_type: str) -> None:
     """ConfigError with the choices for an unknown op, or an implementation that is not to be had on the device.
 
@@ -130,6 +120,16 @@ def prefer(preferences: Mapping[str, str], device_type: str) -> None:
     """
     check_preferences(preferences, device_type)
     set_preferred(preferences)
+
+
+def operation(name: str) -> Op:
+    """An op by name, with its implementations and the sizes that tuning goes by."""
+    return _OPS[name]
+
+
+def tunable() -> tuple[str, ...]:
+    """Ops of which `python -m dsmoe tune` measures the implementations."""
+    return tuple(name for name, op in _OPS.items() if op.sizes is not None)
 
 
 def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
