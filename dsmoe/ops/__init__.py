@@ -101,16 +101,6 @@ def implementations(device_type: str) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(name, op.choose(device_type).name, op.available(device_type)) for name, op in _OPS.items()]
 
 
-def operation(name: str) -> Op:
-    """An op by name, with its implementations and the sizes that tuning goes by."""
-    return _OPS[name]
-
-
-def tunable() -> tuple[str, ...]:
-    """Ops of which `python -m dsmoe tune` measures the implementations."""
-    return tuple(name for name, op in _OPS.items() if op.sizes is not None)
-
-
 def compiled_block(device_type: str, preferences: Mapping[str, str] | None = None) -> bool:
     """Whether moe_ffn runs as the compiled operation there, which keeps less memory (base.activations).
 
@@ -140,6 +130,16 @@ def prefer(preferences: Mapping[str, str], device_type: str) -> None:
     """
     check_preferences(preferences, device_type)
     set_preferred(preferences)
+
+
+def operation(name: str) -> Op:
+    """An op by name, with its implementations and the sizes that tuning goes by."""
+    return _OPS[name]
+
+
+def tunable() -> tuple[str, ...]:
+    """Ops of which `python -m dsmoe tune` measures the implementations."""
+    return tuple(name for name, op in _OPS.items() if op.sizes is not None)
 
 
 def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
