@@ -205,13 +205,34 @@ class DiT(FixedBufferModule):
         for block in self.blocks:
             if self.activation_checkpointing is True and torch.is_grad_enabled():
                 # Nothing in a block draws from torch's generators, so their state need not be kept.
-                tokens, stats = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+                tokens, stats = checkpoint(_first_back, block, tokens, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens, stats = block(tokens, c)
             if stats is not None:
                 layers.append(stats)
         out = unpatchify(self.final_layer(tokens, c), self.spec.patch)
         return out, (_stack(layers) if layers else None)
+
+
+def _first_back(block: Block, x: Tensor, c: Tensor) -> tuple[Tensor, MoEStats | None]:
+    """A block that is recomputed before the gradient of any of its modules begins. Inside one, ZeRO-3 would have
+    gathered its weights already, and the module's forward, run again, would release them."""
+    x, stats = block(x, c)
+    return _Kept.apply(x), stats
+
+
+class _Kept(torch.autograd.Function):
+    """x itself; asks in its backward pass for a tensor that it kept, and so for the recomputation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return grad
 
 
 def _reset(module: nn.Module) -> None:
