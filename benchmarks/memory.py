@@ -32,6 +32,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dsmoe import ops  # noqa: E402
 from dsmoe.base.memory import Buckets, Layout, ModelShape, rank_memory  # noqa: E402
 from dsmoe.base.presets import ModelSpec  # noqa: E402
 from dsmoe.ds_config import write_policy  # noqa: E402
@@ -138,8 +139,6 @@ def measure(configuration: Configuration, folder: Path) -> dict:
     stem = folder / configuration.name.replace(", ", "-").replace(" ", "_")
     config, out = stem.with_suffix(".json"), stem.with_suffix(".measured")
     write_policy(config, configuration.layout, configuration.name)
-    from dsmoe import ops
-
     layout = replace(configuration.layout, compiled_ops=ops.compiled_block("cpu"))
     predicted = rank_memory(_shape(MODELS[configuration.model]), layout, resident=True)
     record = {
@@ -153,17 +152,11 @@ def measure(configuration: Configuration, folder: Path) -> dict:
     (folder / "predictions.jsonl").open("a", encoding="utf-8").write(json.dumps(record) + "\n")
     out.unlink(missing_ok=True)
     given = {"config": str(config), "out": str(out), "model": configuration.model, **_batch(configuration.layout)}
-    ranks = configuration.layout.world_size
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc-per-node={layout.world_size}", "--"]
     command = [Path(__file__), "--folder", folder, "--rank", json.dumps(given)]
-    env = {
-        **os.environ,
-        **MALLOC,
-        **ONEDNN,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    here = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, **MALLOC, **ONEDNN, **here}
     begun = time.monotonic()
     done = subprocess.run([*launcher, *map(str, command)], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
