@@ -43,6 +43,6 @@ setup(
         "mpi": ["mpi4py"],
         "megatron": ["megatron-core"],
         "data": ["diffusers", "pyarrow"],
-        "dev": ["pytest", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"],
+        "dev": ["pytest>=9", "ruff", "ninja", "scipy", "diffusers", "megatron-core", "pyarrow"],
     },
 )

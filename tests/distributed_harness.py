@@ -2,7 +2,7 @@
 
 `launch` starts `python argv...` once a rank with the variables a launcher would set. Nothing outlives it:
 each rank has a process group of its own, which is killed at the end, at the time limit, and when the caller
-is interrupted.
+is interrupted. Most tests ask for `preloaded` ranks (preloaded_ranks); those about how a process starts do not.
 """
 
 import contextlib
@@ -15,6 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import preloaded_ranks
+from preloaded_ranks import PRELOADED, READ_AT_IMPORT, ForkServer
 
 from dsmoe.runtime.launch_environment import free_port
 
@@ -43,19 +46,26 @@ def launch(
     world_size: int,
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
+    preloaded: bool = False,
 ) -> list[CompletedRank]:
     """Run `python argv...` as `world_size` ranks and return what each did, in rank order.
 
     timeout: seconds after which all are ended, each leaving its Python stacks in stderr; ranks whose peer
     failed get 10 s. env: added to the inherited environment, from which launch variables are removed; one CPU
-    thread a rank. Returns also when ranks fail: see `assert_succeeded`.
+    thread a rank. preloaded: ranks 0 and 1 begin with torch and DeepSpeed imported. Returns also when ranks fail:
+    see `assert_succeeded`.
     """
+    servers: list[ForkServer | None] = [None] * world_size
+    if preloaded:
+        assert not READ_AT_IMPORT & (env or {}).keys(), "too late for preloaded ranks"
+        first = range(min(world_size, PRELOADED))
+        servers[: len(first)] = preloaded_ranks.servers([_environment(r, world_size, 0, None) for r in first])
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: list[_Rank] = []
         try:
-            for rank in range(world_size):
-                ranks.append(_Rank(rank, argv, _environment(rank, world_size, port, env), Path(folder)))
+            for rank, server in enumerate(servers):
+                ranks.append(_Rank(rank, argv, _environment(rank, world_size, port, env), Path(folder), server))
             _watch(ranks, time.monotonic() + timeout)
         finally:
             for rank in ranks:
@@ -111,13 +121,19 @@ def _watch(ranks: list["_Rank"], deadline: float) -> None:
 class _Rank:
     """One process, leader of its own process group, with its output in files (a full pipe would block it)."""
 
-    def __init__(self, rank: int, argv: Sequence[str | Path], env: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self, rank: int, argv: Sequence[str | Path], env: dict[str, str], folder: Path, server: ForkServer | None
+    ) -> None:
         self.rank = rank
         self.killed = False
         self._out, self._err = folder / f"{rank}.out", folder / f"{rank}.err"
+        words = [str(word) for word in argv]
+        if server is not None:
+            self._process = server.start(words, env, _ROOT, self._out, self._err)
+            return
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, *map(str, argv)],
+                [sys.executable, *words],
                 env=env,
                 cwd=_ROOT,
                 stdin=subprocess.DEVNULL,
@@ -142,6 +158,7 @@ class _Rank:
         self.killed = self.killed or self.running()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # should it not have its own group yet
         self._process.wait()
 
     def result(self) -> CompletedRank:

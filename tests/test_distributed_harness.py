@@ -4,8 +4,10 @@ import os
 import time
 from pathlib import Path
 
+import preloaded_ranks
 import pytest
 from distributed_harness import assert_succeeded, launch
+from preloaded_ranks import ForkServer
 
 
 def _script(folder: Path, text: str) -> Path:
@@ -84,3 +86,77 @@ def _gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A fork server that imports next to nothing, which is quick."""
+    (tmp_path / "noisy.py").write_text("print('told when imported')\n")
+    server = ForkServer(["noisy"], {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONFAULTHANDLER": "1"})
+    yield server
+    server.close()
+
+
+def _forked(server, folder, argv, env=None):
+    """(exit code, stdout, stderr) of a process that begins with the server's imports."""
+    assert server.usable()
+    out, err = folder / "out", folder / "err"
+    return server.start(list(map(str, argv)), env or {}, folder, out, err).wait(), out.read_text(), err.read_text()
+
+
+PLACE = """
+import os, sys
+print(sys.argv[1:], sys.path[0], os.environ.get("EXTRA"), "HOME" in os.environ, os.getcwd(), sys.stdin.read())
+main = sys.modules["__main__"].__dict__
+print("noisy" in sys.modules, main.get("__file__"), main is globals(), os.getpgrp() == os.getpid())
+print("err", file=sys.stderr)
+"""
+
+
+def test_a_forked_process_is_placed_as_a_started_one(tmp_path, server):
+    (tmp_path / "part").mkdir()
+    script = _script(tmp_path / "part", PLACE)
+    code, out, err = _forked(server, tmp_path, [script, "--x", 3], {"EXTRA": "e"})
+    assert (code, err) == (0, "err\n")
+    assert out == f"['--x', '3'] {tmp_path / 'part'} e False {tmp_path} \nTrue {script} True True\n"
+    code, out, _ = _forked(server, tmp_path, ["-c", PLACE, "--x"])
+    assert (code, out) == (0, f"['--x']  None False {tmp_path} \nTrue None True True\n")
+
+
+ENDS = {
+    "import atexit; atexit.register(print, 'late')": (0, "late\n", ""),
+    "import sys; sys.exit(75)": (75, "", ""),
+    "import sys; sys.exit('said')": (1, "", "said\n"),
+    "raise ValueError('shown')": (1, "", "ValueError: shown\n"),
+    "import os; os._exit(3)": (3, "", ""),
+    "import os; os.kill(os.getpid(), 9)": (-9, "", ""),
+    "import os; os.abort()": (-6, "", 'File "<string>", line 1 in <module>\n'),
+    "import threading; threading.Timer(0.1, print, ['waited for']).start()": (0, "waited for\n", ""),
+}
+
+
+def test_a_forked_process_ends_as_a_started_one_and_the_next_begins_anew(tmp_path, server):
+    for program, (code, out, err) in ENDS.items():
+        found = _forked(server, tmp_path, ["-c", program])
+        assert (*found[:2], err in found[2]) == (code, out, True), (program, found)
+    assert _forked(server, tmp_path, ["-c", "import sys; sys.left_behind = 1"])[0] == 0
+    assert _forked(server, tmp_path, ["-c", "import sys; print(hasattr(sys, 'left_behind'))"])[1] == "False\n"
+
+
+def test_a_fork_server_that_cannot_import_says_why(tmp_path):
+    server = ForkServer(["no_such_module"], {**os.environ, "PYTHONPATH": str(tmp_path)})
+    with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
+        server.usable()
+    server.close()
+
+
+def test_where_imports_start_threads_nothing_is_forked(tmp_path, monkeypatch):
+    (tmp_path / "threaded.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()\n"
+    )
+    monkeypatch.setattr(preloaded_ranks, "MODULES", ["threaded"])
+    monkeypatch.setattr(preloaded_ranks, "_servers", {})
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert preloaded_ranks.servers([env, env]) == [None, None]
+    script = _script(tmp_path, "import sys\nprint('threaded' in sys.modules)\n")
+    assert launch([script], world_size=1, preloaded=True)[0].stdout == "False\n"

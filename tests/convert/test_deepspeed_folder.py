@@ -24,7 +24,7 @@ SIZE = ["--size", "32", "--heads", "2", "--objective", "v", "--trust-pickle"]
 def made(tmp_path_factory):
     """One start of two ranks makes all folders."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    assert_succeeded(launch([Path(__file__).with_name("deepspeed_folders.py"), folder], 2, timeout=240))
+    assert_succeeded(launch([Path(__file__).with_name("deepspeed_folders.py"), folder], 2, timeout=240, preloaded=True))
     return folder
 
 

@@ -145,7 +145,7 @@ def test_two_ranks_share_the_drawing_of_foreign_weights(tmp_path, monkeypatch):
     torch.save(weights(FLASH), tmp_path / "w.pt")
     words = ["--checkpoint", tmp_path / "w.pt", "--codec", "none", "--top-k", "2", "--steps", "2", "--per-class", "1"]
     words += ["--classes", "0,3", "--out", tmp_path / "two.png", "--npz", tmp_path / "two.npz"]
-    assert_succeeded(launch([LAUNCHER, *words], 2))
+    assert_succeeded(launch([LAUNCHER, *words], 2, preloaded=True))
     alone = draw(monkeypatch, tmp_path, tmp_path / "w.pt", "--codec", "none", "--top-k", "2").int()
     with np.load(tmp_path / "two.npz") as file:
         together = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2).int()

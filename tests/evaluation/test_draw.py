@@ -361,7 +361,7 @@ def test_ranks_share_the_work_and_give_the_same_images(run_folder: Path, tmp_pat
 @pytest.mark.distributed
 def test_ranks_stop_together_when_rank_0_cannot_write(run_folder: Path) -> None:
     argv = ["launchers/sample.py", "--checkpoint", run_folder, "--per-class", "1", "--out", "/proc/x.png"]
-    results = launch(argv, 2, timeout=60)
+    results = launch(argv, 2, timeout=60, preloaded=True)
     assert [r.returncode for r in results] == [2, 2]
     assert not any(r.killed for r in results)
     assert [r.stderr.count("dsmoe: --out /proc/x.png cannot be written") for r in results] == [1, 0]

@@ -134,14 +134,14 @@ def test_killed_and_resumed_on_other_ranks_gives_the_bytes_of_an_unbroken_build(
     assert command(argv(whole, photos))[0] == 0
     for world, batch in ((1, 3), (2, 2)):
         cache = tmp_path / f"killed{world}"
-        killed = launch([SCRIPT, "SIGKILL", 0, batch, *argv(cache, photos)], world, timeout=60)
+        killed = launch([SCRIPT, "SIGKILL", 0, batch, *argv(cache, photos)], world, timeout=60, preloaded=True)
         assert killed[0].returncode == -signal.SIGKILL
         assert all(rank.returncode != 0 for rank in killed)
         kept = [p.name for p in cache.glob("latents-*")]
         assert 0 < len(kept) < 5
         assert not (cache / "manifest.json").exists()
         if world == 1:
-            resumed = launch([SCRIPT, "SIGTERM", 0, 0, *argv(cache, photos)], 2, timeout=60)
+            resumed = launch([SCRIPT, "SIGTERM", 0, 0, *argv(cache, photos)], 2, timeout=60, preloaded=True)
             assert_succeeded(resumed)
         else:
             assert command(argv(cache, photos))[0] == 0

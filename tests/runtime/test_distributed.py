@@ -81,30 +81,7 @@ else:
     raise SystemExit("the late peer was waited for")
 """
 
-
-def _script(folder, body):
-    file = folder / "ranks.py"
-    file.write_text(PREAMBLE + body)
-    return file
-
-
-@pytest.mark.distributed
-def test_collectives_on_three_processes(tmp_path):
-    results = launch([_script(tmp_path, COLLECTIVES)], world_size=3, timeout=90)
-    assert_succeeded(results)
-    assert [r.stdout for r in results] == [f"done {rank}\n" for rank in range(3)]
-
-
-@pytest.mark.distributed
-def test_groups_made_without_a_limit_have_ours(tmp_path):
-    results = launch([_script(tmp_path, LATE_PEER)], world_size=2, timeout=60)
-    assert_succeeded(results)
-    assert results[0].stdout.startswith("waited")
-
-
-@pytest.mark.distributed
-def test_leaving_after_a_failure_does_not_wait_for_peers(tmp_path):
-    body = """
+LEAVING = """
 d.initialize(place, Device.pick(place.local_rank))
 d.barrier()
 if place.rank == 0:
@@ -115,7 +92,53 @@ else:
     time.sleep(5)
     d.shutdown(failed=True)
 """
-    assert_succeeded(launch([_script(tmp_path, body)], world_size=2, timeout=60))
+
+KEEPER_GONE = """
+from dsmoe.base.errors import TrainingFailure
+d.initialize(place, Device.pick(place.local_rank))
+board = d.Board("test")
+board.add("here")
+if place.rank == 0:
+    while board.count("here") < 2:
+        time.sleep(0.01)
+    os._exit(0)
+try:
+    while True:
+        board.count("here")
+        time.sleep(0.01)
+except TrainingFailure as error:
+    print(error)
+    os._exit(0)
+"""
+
+
+def _script(folder, body):
+    file = folder / "ranks.py"
+    file.write_text(PREAMBLE + body)
+    return file
+
+
+@pytest.mark.distributed
+def test_collectives_on_three_processes(tmp_path):
+    results = launch([_script(tmp_path, COLLECTIVES)], world_size=3, timeout=90, preloaded=True)
+    assert_succeeded(results)
+    assert [r.stdout for r in results] == [f"done {rank}\n" for rank in range(3)]
+
+
+@pytest.mark.distributed
+def test_peers_that_are_late_or_gone_are_not_waited_for(tmp_path, subtests):
+    def ranks(body):
+        results = launch([_script(tmp_path, body)], world_size=2, timeout=60, preloaded=True)
+        assert_succeeded(results)
+        return results
+
+    with subtests.test("groups made without a limit have ours"):
+        assert ranks(LATE_PEER)[0].stdout.startswith("waited")
+    with subtests.test("leaving after a failure does not wait for peers"):
+        ranks(LEAVING)
+    with subtests.test("a board whose keeper has gone says so"):
+        said = ranks(KEEPER_GONE)[1].stdout
+        assert said.startswith("rank 0, which holds the ranks' board, has gone (Dist")
 
 
 def test_a_plain_process_becomes_a_group_of_one(tmp_path):
@@ -189,30 +212,6 @@ def test_helpers_without_a_group():
     board.post("x", "first")
     board.post("x", "second")
     assert board.line("x") == "second"
-
-
-@pytest.mark.distributed
-def test_a_board_whose_keeper_has_gone_says_so(tmp_path):
-    body = """
-from dsmoe.base.errors import TrainingFailure
-d.initialize(place, Device.pick(place.local_rank))
-board = d.Board("test")
-board.add("here")
-if place.rank == 0:
-    while board.count("here") < 2:
-        time.sleep(0.01)
-    os._exit(0)
-try:
-    while True:
-        board.count("here")
-        time.sleep(0.01)
-except TrainingFailure as error:
-    print(error)
-    os._exit(0)
-"""
-    results = launch([_script(tmp_path, body)], world_size=2, timeout=60)
-    assert_succeeded(results)
-    assert results[1].stdout.startswith("rank 0, which holds the ranks' board, has gone (Dist")
 
 
 @pytest.mark.parametrize("value", [torch.ones(1), {1, 2}, object()])

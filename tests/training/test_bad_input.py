@@ -190,34 +190,33 @@ def command_in(folder):
     return [LAUNCHER, "--deepspeed_config", folder / "engine.json", "--recipe", folder / "base.yaml"]
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("content", "args", "words"),
-    [
-        ({"zero_optimization": {"stag": 1}}, [], "'zero_optimization': 'stag'"),
-        ({}, ["data.source=image_folder", "data.path=/no/such/folder", "data.size=null"], "'/no/such/folder'"),
-    ],
-)
-def test_real_ranks_end_with_code_2_and_one_line(tmp_path, content, args, words):
-    write_files(tmp_path, {**GOOD_FILES, "engine.json": {**ENGINE, **content}})
-    folder = tmp_path / "run"
-    results = launch([*command_in(tmp_path), "--run", folder, *args], 2, timeout=60)
-    assert [r.returncode for r in results] == [EXIT_BAD_INPUT] * 2
-    assert [r.stdout for r in results] == ["", ""]
-    assert results[1].stderr == ""
-    assert results[0].stderr.count("\n") == 1
-    assert words in results[0].stderr
-    assert (folder / "FAILED").read_text() == results[0].stderr
-    assert [p.name for p in folder.iterdir()] == ["FAILED"]
+NO_FOLDER = ["data.source=image_folder", "data.path=/no/such/folder", "data.size=null"]
 
 
 @pytest.mark.distributed
-def test_a_bad_run_folder_ends_all_ranks_and_not_only_the_one_that_writes(tmp_path):
-    write_files(tmp_path, {**GOOD_FILES, "run": "a file"})
-    results = launch([*command_in(tmp_path), "--run", tmp_path / "run"], 2, timeout=60)
-    assert [(r.returncode, r.killed) for r in results] == [(EXIT_BAD_INPUT, False)] * 2
-    assert "is a file" in results[0].stderr
-    assert results[1].stderr == ""
+def test_real_ranks_end_with_code_2_and_one_line(tmp_path, subtests):
+    """Ranks that start as users start them, then some that do not import torch again."""
+    cases = [
+        ("bad key", {"zero_optimization": {"stag": 1}}, [], "'zero_optimization': 'stag'"),
+        ("no data", {}, NO_FOLDER, "'/no/such/folder'"),
+        ("a file as run folder", {}, [], "is a file"),
+    ]
+    for name, content, args, words in cases:
+        with subtests.test(name):
+            write_files(tmp_path, {**GOOD_FILES, "engine.json": {**ENGINE, **content}})
+            folder = tmp_path / name
+            if words == "is a file":
+                folder.touch()
+            argv = [*command_in(tmp_path), "--run", folder, *args]
+            results = launch(argv, 2, timeout=60, preloaded=name != "bad key")
+            assert [(r.returncode, r.killed) for r in results] == [(EXIT_BAD_INPUT, False)] * 2
+            assert [r.stdout for r in results] == ["", ""]
+            assert results[1].stderr == ""
+            assert results[0].stderr.count("\n") == 1
+            assert words in results[0].stderr
+            failed = folder if folder.is_dir() else tmp_path / f"{name}-rejected"
+            assert (failed / "FAILED").read_text() == results[0].stderr
+            assert [p.name for p in failed.iterdir()] == ["FAILED"]
 
 
 @pytest.mark.distributed

@@ -45,14 +45,16 @@ distributed.shutdown()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_an_engine_starts_on_our_process_group_and_compiles_nothing(tmp_path, world_size):
+def test_an_engine_starts_on_our_process_group_and_compiles_nothing(tmp_path, subtests):
     script = tmp_path / "ranks.py"
     script.write_text(ENGINE)
-    extensions = tmp_path / "extensions"
-    results = launch([script], world_size, timeout=120, env={"TORCH_EXTENSIONS_DIR": str(extensions)})
-    assert_succeeded(results)
-    assert not extensions.exists() or not list(extensions.iterdir())
+    # Two ranks that import DeepSpeed after the group is made, as training does, and one that had it before.
+    for world_size in (2, 1):
+        with subtests.test(ranks=world_size):
+            extensions = tmp_path / f"extensions{world_size}"
+            env = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+            assert_succeeded(launch([script], world_size, timeout=120, env=env, preloaded=world_size == 1))
+            assert not extensions.exists() or not list(extensions.iterdir())
 
 
 def test_the_reduction_of_one_rank_alone_is_found_under_these_names():
@@ -121,18 +123,19 @@ distributed.shutdown()
 
 
 @pytest.mark.distributed
-def test_fp32_weights_lie_in_memory_once_and_stage_3_steps_on_its_gradient_buffer(tmp_path):
+def test_fp32_weights_lie_in_memory_once_and_stage_3_steps_on_its_gradient_buffer(tmp_path, subtests):
     script = tmp_path / "ranks.py"
     script.write_text(STORAGE)
-    results = launch([script], 2, timeout=120)
+    results = launch([script], 2, timeout=120, preloaded=True)
     assert_succeeded(results)
     cells = [json.loads(line[5:]) for line in results[0].stdout.splitlines() if line.startswith("CELL ")]
     assert len(cells) == 6
     for cell in cells:
-        assert set(cell["shared"]) == {cell["precision"] == "fp32"}, cell
-        assert cell["linked"], f"DeepSpeed's views are of other memory than the masters: {cell}"
-        assert cell["in_place"]
-        assert all(cell["in_place"]), f"gradients were copied to join them: {cell}"
+        with subtests.test(stage=cell["stage"], precision=cell["precision"]):
+            assert set(cell["shared"]) == {cell["precision"] == "fp32"}, cell
+            assert cell["linked"], f"DeepSpeed's views are of other memory than the masters: {cell}"
+            assert cell["in_place"]
+            assert all(cell["in_place"]), f"gradients were copied to join them: {cell}"
 
 
 def test_tensors_in_a_row_are_joined_without_a_copy_and_others_with_one():

@@ -123,23 +123,28 @@ TINY = [
 ]  # fmt: skip
 
 
+FAULTS = [
+    ("loss", "non-finite loss nan at step 3 on rank 1;", 2),
+    ("gradient", "non-finite gradient at step 3 on rank 1;", 2),
+    # Its peer only notices a lost connection, and must not write over the cause. Step 2 was not read yet.
+    ("crash", "RuntimeError: planted crash", 1),
+]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("kind", "said", "logged"),
-    [
-        ("loss", "non-finite loss nan at step 3 on rank 1;", 2),
-        ("gradient", "non-finite gradient at step 3 on rank 1;", 2),
-        # Its peer only notices a lost connection, and must not write over the cause. Step 2 was not read yet.
-        ("crash", "RuntimeError: planted crash", 1),
-    ],
-)
-def test_a_fault_planted_on_one_rank_ends_all_with_its_name_in_failed(tmp_path, kind, said, logged):
-    folder = tmp_path / "run"
+def test_a_fault_planted_on_one_rank_ends_all_with_its_name_in_failed(tmp_path, subtests):
+    for kind, said, logged in FAULTS:
+        with subtests.test(kind=kind):
+            check_fault(tmp_path, kind, said, logged)
+
+
+def check_fault(place, kind, said, logged):
+    folder = place / kind
     script = Path(__file__).with_name("faulty_run.py")
-    recipe = tmp_path / "base.yaml"
+    recipe = place / "base.yaml"
     recipe.write_text(RECIPE_FILE)
     argv = ["--deepspeed_config", ROOT / "ds_configs/quickstart.json", "--recipe", recipe, "--run", folder, *TINY]
-    results = launch([script, kind, 1, 3, *argv], 2, timeout=150)
+    results = launch([script, kind, 1, 3, *argv], 2, timeout=150, preloaded=True)
     assert [(r.returncode, r.killed) for r in results] == [(1, False), (1, False)], results
     line = (folder / "FAILED").read_text()
     assert line.startswith("dsmoe: ")

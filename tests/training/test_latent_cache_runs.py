@@ -68,7 +68,7 @@ def arguments(place: Path, run: str, *more: str) -> list[str]:
 
 
 def train(place: Path, run: str, *more: str, stop: int = 0) -> list:
-    return launch([INTERRUPTED, "SIGUSR1", 0, stop, *arguments(place, run, *more)], 2, timeout=120)
+    return launch([INTERRUPTED, "SIGUSR1", 0, stop, *arguments(place, run, *more)], 2, timeout=120, preloaded=True)
 
 
 def figures(place: Path, run: str) -> list[dict]:

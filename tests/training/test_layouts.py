@@ -53,26 +53,31 @@ BOUNDS = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_layout_trains_as_one_process(world):
+def test_every_layout_trains_as_one_process(world, subtests):
     wanted = CELLS + EXPERT_PARALLEL * (world > 1)
-    results = launch([SCRIPT, json.dumps(wanted)], world, timeout=240)
+    results = launch([SCRIPT, json.dumps(wanted)], world, timeout=240, preloaded=True)
     assert_succeeded(results)
     cells = [json.loads(line[5:]) for line in results[0].stdout.splitlines() if line.startswith("CELL ")]
     assert [tuple(c["cell"][: len(asked)]) for c, asked in zip(cells, wanted, strict=True)] == wanted
     for cell in cells:
-        kind, _, stage, *_, precision = cell["cell"][:6]
-        assert cell["forbidden"] == 0, f"a router chose otherwise where there was no tie: {cell}"
-        # 6 steps of 8 images, 2 layers, 4 tokens
-        assert cell["decisions"] == (0 if kind == "dense" else 6 * 8 * 2 * 4), cell
-        for name, bound in BOUNDS[precision].items():
-            if cell["flips"] and name not in ("loss", "norm"):
-                continue  # the statement ends the comparison of parameters at a tie
-            assert cell[name] <= bound, (name, cell)
-        assert cell["moved"] > 1e-2, "the run did not move the average; the comparison would show nothing"
-        assert (cell["steered"] > 0.004) == (cell["cell"][8] > 0), "two steps of the bias at least, where there is one"
-        assert cell["clipped"] > 0, "no step was clipped; the comparison would not cover clipping"
-        share = 1 if stage == 0 else world
-        assert cell["own"] <= -(-cell["all"] // share) * 1.1 + 1000, "the average is not sharded as the parameters"
+        with subtests.test(world=world, cell=cell["cell"]):
+            check_cell(cell, world)
+
+
+def check_cell(cell, world):
+    kind, _, stage, *_, precision = cell["cell"][:6]
+    assert cell["forbidden"] == 0, f"a router chose otherwise where there was no tie: {cell}"
+    # 6 steps of 8 images, 2 layers, 4 tokens
+    assert cell["decisions"] == (0 if kind == "dense" else 6 * 8 * 2 * 4), cell
+    for name, bound in BOUNDS[precision].items():
+        if cell["flips"] and name not in ("loss", "norm"):
+            continue  # the statement ends the comparison of parameters at a tie
+        assert cell[name] <= bound, (name, cell)
+    assert cell["moved"] > 1e-2, "the run did not move the average; the comparison would show nothing"
+    assert (cell["steered"] > 0.004) == (cell["cell"][8] > 0), "two steps of the bias at least, where there is one"
+    assert cell["clipped"] > 0, "no step was clipped; the comparison would not cover clipping"
+    share = 1 if stage == 0 else world
+    assert cell["own"] <= -(-cell["all"] // share) * 1.1 + 1000, "the average is not sharded as the parameters"
 
 
 def planted(gap: float, *flips: tuple[int, int, int]) -> Decisions:

@@ -43,7 +43,7 @@ sys.exit(code)
 
 def run(config, folder, *overrides, world=2, program=(ROOT / "launchers/pretrain.py",)):
     argv = [*program, "--deepspeed_config", config, "--run", folder, *TINY, *overrides]
-    return launch(argv, world, timeout=150)
+    return launch(argv, world, timeout=150, preloaded=True)
 
 
 def records(folder):
@@ -113,20 +113,21 @@ def test_image_folder_with_loader_processes_trains_and_names_skipped_files(tmp_p
     assert "skipped 1 damaged images, the first: class0/0.png" in results[0].stderr
 
 
-@pytest.mark.parametrize("cache", ["none", "memory"])
-def test_too_many_damaged_files_end_the_run_with_the_reason(tmp_path, cache):
+def test_too_many_damaged_files_end_the_run_with_the_reason(tmp_path, subtests):
     path = photos(tmp_path / "photos", classes=2, each=24, broken=20)
-    folder = tmp_path / "run"
-    results = run(
-        engine(tmp_path, 1), folder, "data.source=image_folder", f"data.path={path}", "data.size=null",
-        "data.resolution=32", f"codec.cache={cache}", "train.images=480",
-    )  # fmt: skip
-    assert 2 in [r.returncode for r in results]
-    assert all(r.returncode != 0 for r in results)
-    line = (folder / "FAILED").read_text()
-    assert "class0/" in line
-    assert "data.max_bad_fraction" in line
-    assert not (folder / "DONE").exists()
+    for cache in ("none", "memory"):
+        with subtests.test(cache=cache):
+            folder = tmp_path / cache
+            results = run(
+                engine(tmp_path, 1), folder, "data.source=image_folder", f"data.path={path}", "data.size=null",
+                "data.resolution=32", f"codec.cache={cache}", "train.images=480",
+            )  # fmt: skip
+            assert 2 in [r.returncode for r in results]
+            assert all(r.returncode != 0 for r in results)
+            line = (folder / "FAILED").read_text()
+            assert "class0/" in line
+            assert "data.max_bad_fraction" in line
+            assert not (folder / "DONE").exists()
 
 
 def test_the_quick_start_command_in_small(tmp_path):

@@ -44,42 +44,36 @@ ONE_RANK = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory):
-    """Every cell's results by name."""
-    folder = tmp_path_factory.mktemp("state")
+RESUMED = [cell[0] for cell in (*TWO_RANKS, *ONE_RANK) if cell[1]]
+SAVED = [cell[0] for cell in TWO_RANKS if not cell[1]]
+
+
+def test_loading_holds_the_same_bits_and_continues_the_curve(tmp_path, subtests):
     found = {}
     for world, wanted in ((2, TWO_RANKS), (1, ONE_RANK)):
-        results = launch([SCRIPT, folder, json.dumps(wanted)], world, timeout=240)
+        results = launch([SCRIPT, tmp_path, json.dumps(wanted)], world, timeout=240, preloaded=True)
         assert_succeeded(results)
         lines = [json.loads(line[5:]) for line in results[0].stdout.splitlines() if line.startswith("CELL ")]
         found |= {line["name"]: line for line in lines}
-    return found
-
-
-RESUMED = [cell[0] for cell in (*TWO_RANKS, *ONE_RANK) if cell[1]]
-
-
-def test_loading_holds_the_same_bits_and_continues_the_curve(cells):
+    for name in SAVED:
+        with subtests.test(saved=name):
+            losses = found[name]["losses"]
+            assert abs(losses[-1] - losses[2]) > 1e-2, "nothing moved after the checkpoint"
     for name in RESUMED:
-        found = cells[name]
-        assert found["wrote"] == 2, name
-        assert found["steps"] == 3, name
-        assert found["differing"] == [], f"{name}: what was loaded, saved again, is not what was saved"
-        assert found["plain_equal"], name
-        if name == "bf16-spread-2-to-whole-1":
-            continue  # rounds differently: its curve is the bf16 statement's (docs/layout_change.md, section 3)
-        # Design, invariance statement: 1e-6 on losses, 1e-5 on norms and parameters.
-        assert found["loss"] < 1e-6, (name, found["loss"])
-        assert max(found[what] for what in ("norm", "weights", "average")) < 1e-5, (name, found)
-
-
-def test_the_same_layout_continues_bit_by_bit(cells):
+        with subtests.test(resumed=name):
+            check_resumed(name, found[name])
     for name in ("bf16-1-to-1", "bf16-spread-2-to-2"):
-        assert [cells[name][what] for what in ("loss", "norm", "weights", "average")] == [0.0] * 4, name
+        with subtests.test("the same layout continues bit by bit", resumed=name):
+            assert [found[name][what] for what in ("loss", "norm", "weights", "average")] == [0.0] * 4
 
 
-def test_the_curves_are_worth_comparing(cells):
-    for name in ("zero2", "zero3", "zero0", "bf16-zero1", "bf16-spread"):
-        losses = cells[name]["losses"]
-        assert abs(losses[-1] - losses[2]) > 1e-2, "nothing moved after the checkpoint"
+def check_resumed(name, found):
+    assert found["wrote"] == 2
+    assert found["steps"] == 3
+    assert found["differing"] == [], "what was loaded, saved again, is not what was saved"
+    assert found["plain_equal"]
+    if name == "bf16-spread-2-to-whole-1":
+        return  # rounds differently: its curve is the bf16 statement's (docs/layout_change.md, section 3)
+    # Design, invariance statement: 1e-6 on losses, 1e-5 on norms and parameters.
+    assert found["loss"] < 1e-6
+    assert max(found[what] for what in ("norm", "weights", "average")) < 1e-5, found
