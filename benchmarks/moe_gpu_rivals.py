@@ -1,6 +1,6 @@
 """What one would take instead of `dsmoe.moe.MoE` on a GPU, beside moe_rivals.py: for gpu_suite.
 
-Written where there was no GPU: all that a CPU can run (sorted rows in plain torch, torch.compile, Megatron-core's
+Written where there was no GPU: all that a CPU can run (sorted rows in plain torch, Megatron-core's
 permutation) was run there and computes ours; the adapters to MegaBlocks, ScatterMoE and SonicMoE were never run. Those
 bring their own routers and weights of the same shapes, so their numbers cannot be compared.
 """

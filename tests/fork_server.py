@@ -32,7 +32,7 @@ def serve(modules: list[str]) -> dict:
             return json.loads(line)
         print(pid, file=answers)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers)
-    sys.exit()
+    os._exit(0)  # without taking apart all that was imported
 
 
 def take_place(request: dict) -> list[str]:

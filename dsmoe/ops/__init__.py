@@ -9,6 +9,7 @@ apart, because random integers must be the same everywhere.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -63,6 +64,7 @@ _NATIVE = {
         native.moe_ffn,
     )
 }
+_NATIVE["moe_ffn"] += (Implementation("native:glu", partial(native.moe_ffn, variant="glu"), native.DEVICES),)
 # After the reference: on no machine the default.
 _OTHERS = {
     function.__name__: (Implementation("megatron", function, megatron.DEVICES, megatron.installed, megatron.load),)

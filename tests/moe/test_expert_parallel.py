@@ -11,15 +11,14 @@ from distributed_harness import assert_succeeded, launch
 def test_values_and_gradients_are_those_of_one_rank(subtests):
     ranks = launch([Path(__file__).with_name("expert_parallel_rank.py")], 4, timeout=120, preloaded=True)
     assert_succeeded(ranks)
-    seen = []
+    seen, wrong = [], []
     for rank in ranks:
         cases = [json.loads(line[5:]) for line in rank.stdout.splitlines() if line.startswith("CASE ")]
         assert len(cases) == 2 * 3 * 7 * 2
-        for *case, worst in cases:
-            with subtests.test(rank=rank.rank, case=case):
-                # float64 sums of at most 60 products of order 1 in another order.
-                assert worst < 1e-12
+        # float64 sums of at most 60 products of order 1 in another order.
+        wrong += [(rank.rank, *case) for case in cases if not case[-1] < 1e-12]
         seen += cases
+    assert not wrong
     # What the cases are for was met, under both sizes and every kind of expert.
     for size in (2, 4):
         for kind in ("swiglu", "gelu", "top-1"):

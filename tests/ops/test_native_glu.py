@@ -91,8 +91,9 @@ def glu_variant(monkeypatch):
 
     noting("grouped_glu")
     noting("grouped_dglu")
-    monkeypatch.setattr(ffn, "_variant", lambda *_: ffn.GLU)
-    return ran
+    ops.prefer({"moe_ffn": "native:glu"}, "cpu")
+    yield ran
+    ops.prefer({}, "cpu")
 
 
 @DTYPES
@@ -127,10 +128,14 @@ def test_frozen_experts_get_no_gradient_and_change_nothing_else(glu_variant):
 
 
 def test_which_variants_there_are(glu_variant):
-    r, w = routed(10, 4, 2), random(4, 8, 8)
-    with pytest.raises(ValueError, match='"glu" those of swiglu'):
-        ops.moe_ffn(random(10, 8), r, w, w, random(4, 1, 16), "gelu")
+    r, w, w3 = routed(10, 4, 2), random(4, 8, 8), random(4, 1, 16)
+    with ops.use("native"):
+        by_library = ops.moe_ffn(random(10, 8), r, w, w, w3, "gelu")
+    assert torch.equal(ops.moe_ffn(random(10, 8), r, w, w, w3, "gelu"), by_library)
+    assert not glu_variant, "GELU experts know the library's products alone"
     places = (r.gates, r.indices, r.order, r.position, r.counts, r.ends)
+    with pytest.raises(ValueError, match='"glu" those of swiglu'):
+        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, None, None, None, 1, "glu", True, False)
     with pytest.raises(ValueError, match="variant 'fast'"):
         torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w, None, None, None, 0, "fast", True, False)
 

@@ -92,12 +92,15 @@ def moe_ffn(
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
+    *,
+    variant: str = ffn.LIBRARY,
 ) -> Tensor:
-    """See dsmoe.ops.moe_ffn."""
+    """See dsmoe.ops.moe_ffn. variant: of the products, see ffn; experts of "gelu" know the library's alone."""
     beside = [t for t in (w1, w2, w3, add, residual, ada_gate) if t is not None]
     if not _covers(x, *beside) or routing.gates.dtype != torch.float32 or _too_wide(x) or _too_wide(w1.mT):
         return composed.moe_ffn(x, routing, w1, w2, w3, kind, add, residual, ada_gate, recompute)
-    return ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, residual, ada_gate, recompute)
+    variant = variant if kind == "swiglu" else ffn.LIBRARY
+    return ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, residual, ada_gate, recompute, variant)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -63,18 +63,14 @@ def call(
     residual: Tensor | None,
     ada_gate: Tensor | None,
     recompute: bool,
+    variant: str,
 ) -> Tensor:
-    """x[N,D] -> y[N,D]; see dsmoe.ops.moe_ffn. kind: 0 swiglu, 1 gelu."""
+    """x[N,D] -> y[N,D]; see dsmoe.ops.moe_ffn. kind: 0 swiglu, 1 gelu. variant: of the products."""
     keep = torch.is_grad_enabled() and not recompute
     places = (to.gates, to.indices, to.order, to.position, to.counts, to.ends)
     keep_branch = ada_gate is not None and ada_gate.requires_grad and torch.is_grad_enabled()
-    how = (kind, _variant(x, w1, kind), keep, keep_branch)
+    how = (kind, variant, keep, keep_branch)
     return torch.ops.dsmoe.moe_ffn(x, *places, w1, w2, w3, add, residual, ada_gate, *how)[0]
-
-
-def _variant(x: Tensor, w1: Tensor, kind: int) -> str:
-    """The variant for these tokens and experts: the library's, since "glu" was never measured."""
-    return LIBRARY
 
 
 def _by_variant(library, glu):
