@@ -205,7 +205,9 @@ class DiT(FixedBufferModule):
         for block in self.blocks:
             if self.activation_checkpointing is True and torch.is_grad_enabled():
                 # Nothing in a block draws from torch's generators, so their state need not be kept.
-                tokens, stats = checkpoint(_kept_to_the_end, block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+                tokens, stats = checkpoint(
+                    _kept_to_the_end, block, tokens, c, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 tokens, stats = block(tokens, c)
             if stats is not None:
@@ -231,8 +233,8 @@ class _KeepOutput(torch.autograd.Function):
 def _kept_to_the_end(block: Block, x: Tensor, c: Tensor) -> tuple[Tensor, MoEStats | None]:
     """A block to be recomputed: as a whole, before the backward pass enters it.
 
-    The block's last operation may be the experts' own. ZeRO-3 gathers their weights as the backward pass reaches them,
-    and drops them again after each forward: were the block computed anew only then, nothing would be left to go on with.
+    The block's last operation may be the experts' own. ZeRO-3 gathers their weights as the backward pass reaches them
+    and drops them after each forward: were the block computed anew only then, nothing would be left to go on with.
     """
     x, stats = block(x, c)
     return _KeepOutput.apply(x), stats

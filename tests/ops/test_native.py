@@ -379,7 +379,10 @@ def test_opcheck(dtype):
         (op.grouped_mm, (rows, leaf(8, d, f), r.counts, False)),
         (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), None, None, 0, ffn.LIBRARY, True, False)),
         (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, None, None, 1, ffn.LIBRARY, False, False)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), leaf(50, d), leaf(5, d), 0, ffn.LIBRARY, True, True)),
+        (
+            op.moe_ffn,
+            (*places, *stacks, leaf(8, f, d), leaf(50, d), leaf(50, d), leaf(5, d), 0, ffn.LIBRARY, True, True),
+        ),
         (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, leaf(50, d), leaf(5, d), 1, ffn.LIBRARY, False, True)),
     ]
     for packet, arguments in calls:

@@ -157,7 +157,7 @@ def test_opcheck(dtype):
         (op.grouped_dglu, (x, r.order, 2, leaf(4, d, f), r.ends, h, up, None, leaf(d, 24), leaf(20, 24),
                            leaf(20, 24, seed=1), False)),
         (op.moe_ffn, (leaf(20, d).requires_grad_(), *places, *stacks[:1], leaf(4, d, f).requires_grad_(), stacks[1],
-                      None, 0, ffn.GLU, True)),
+                      None, leaf(20, d), leaf(5, d).requires_grad_(), 0, ffn.GLU, True, True)),
     ]  # fmt: skip
     for packet, arguments in calls:
         torch.library.opcheck(packet.default, arguments)
