@@ -78,7 +78,7 @@ def moe_ffn_flop(x: torch.Size, gates: torch.Size, *rest: object, **_: object) -
 
 def moe_ffn_backward_flop(dy: torch.Size, x: torch.Size, gates: torch.Size, *rest: object, **_: object) -> int:
     """Operations of its backward: gradients of rows and, if wanted, of weights; h and up again if not kept."""
-    w1, w2, w3, h, *_, weights = rest[5:]
+    w1, w2, w3, h, *_, weights, _added = rest[5:]
     again = _of_one_expert((w1, w3)) if h is None else 0
     return 2 * prod(gates) * (_of_one_expert((w1, w2, w3)) * (2 if weights else 1) + again)
 

@@ -85,8 +85,8 @@ def test_unknown_names_are_refused_with_the_choices_and_nothing_changes(preferen
 def test_every_public_op_is_in_the_printable_table():
     table = ops.implementations("cpu")
     assert {name for name, _, _ in table} == set(ops.__all__) - {
-        "Routing", "check_preferences", "compiled_block", "implementations", "kernels", "operation", "prefer", "tunable",
-        "use",
+        "Routing", "check_preferences", "compiled_block", "implementations", "kernels", "operation", "prefer",
+        "tunable", "use",
     }  # fmt: skip
     assert all(chosen in available for _, chosen, available in table)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fp64_truth import assert_right, needs_kernels
+from op_inputs import random, routed
 from torch.nn import functional as F
 
 from dsmoe import ops
@@ -10,15 +11,6 @@ from dsmoe.ops.native import ffn, glu
 
 pytestmark = needs_kernels
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def routed(n, e, k):
-    return ops.route(random(n, 16, seed=1), random(e, 16, seed=2), k, False)
 
 
 def closer_than_twice_plain(function, dtype, *inputs):

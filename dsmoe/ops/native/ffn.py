@@ -1,10 +1,10 @@
 """The routed experts from tokens to tokens as one operation and its backward, built on the compiled pieces.
 
 The gate is folded into the activation (a_r = gate_r act(h_r)), so that the way back is a plain sum of rows, the
-second product's result is not kept, and the gate's gradient falls out of the activation's backward. Kept for the backward
-are the tokens, h and up; with `recompute` the tokens alone. Beside them, with `ada_gate`, the sum that it multiplies,
-in the dtype of the tokens: what a gate of its own would keep. The products go by a `variant`, which is an argument of the
-operation:
+second product's result is not kept, and the gate's gradient falls out of the activation's backward. Kept for the
+backward are the tokens, h and up; with `recompute` the tokens alone. Beside them, with `ada_gate`, the sum that it
+multiplies, in the dtype of the tokens: what a gate of its own would keep. The products go by a `variant`, which is an
+argument of the operation:
 
 - "library": on a CPU the experts go one after the other, so that rows stay in the cache and temporaries are those of
   one expert; on a GPU all go through the library's grouped product.
