@@ -59,12 +59,17 @@ quickstart: env
 
 # The files of the second group, so that the thousands of other tests are not collected again.
 DISTRIBUTED_FILES = $(shell grep -rl "mark\.distributed" tests --include="test_*.py")
+# Unit tests in two halves side by side, one thread each; what the first says is shown when the second has ended.
+UNIT_HALF = $(addprefix tests/,base benchmarks models moe ops scaling)
 # All groups run, also when one fails. --foreground lets Ctrl-C reach pytest.
 PYTEST = timeout --foreground -s INT -k 30 $(1) $(PY) -m pytest -q $(2) </dev/null || status=$$?
 test: env
 	@$(PY) kernels/build.py --no-cuda --optional
-	@status=0; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}; \
-	$(call PYTEST,$(UNIT_SECONDS),-m "not distributed" --ignore=tests/kernels); \
+	@mkdir -p build
+	@status=0; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
+	( $(call PYTEST,$(UNIT_SECONDS),-m "not distributed" $(UNIT_HALF)); exit $$status ) >build/unit_half.log 2>&1 & half=$$!; \
+	$(call PYTEST,$(UNIT_SECONDS),-m "not distributed" --ignore=tests/kernels $(addprefix --ignore=,$(UNIT_HALF))); \
+	wait $$half || status=$$?; cat build/unit_half.log; \
 	$(call PYTEST,$(DISTRIBUTED_SECONDS),-m distributed $(DISTRIBUTED_FILES)); \
 	$(call PYTEST,$(KERNEL_SECONDS),tests/kernels); \
 	exit $$status
