@@ -21,7 +21,7 @@ ON_CPU := $(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu)
 # Seconds after which a test group is interrupted; pytest then still prints its summary.
 UNIT_SECONDS ?= 480
 DISTRIBUTED_SECONDS ?= 540
-KERNEL_SECONDS ?= 600
+KERNEL_SECONDS ?= 420
 
 # The compiled operations; KERNELS=--no-cuda leaves the GPU part out, which is most of the time.
 KERNELS ?=
