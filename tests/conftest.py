@@ -1,5 +1,6 @@
-"""Shared set-up of the tests: import paths, and the number of tests that start processes."""
+"""Shared set-up of the tests: import paths, no tuning file, and the number of tests that start processes."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 for entry in (str(ROOT), str(ROOT / "tests")):
     if entry not in sys.path:
         sys.path.insert(0, entry)
+
+# What was measured on this machine must not decide which implementation a test, or a process that it starts, runs.
+os.environ["DSMOE_TUNING"] = str(ROOT / "tests" / "no_tuning.json")
 
 DISTRIBUTED_CASES = 35
 
