@@ -89,8 +89,7 @@ def backward_temporaries(
     shared = itemsize * rows * spec.shared_hidden
     swiglu = spec.expert_kind == "swiglu"
     if compiled:
-        at_experts = compiled_temporaries(spec, rows=rows, itemsize=itemsize, one_by_one=one_by_one)
-        return max(at_experts, 3 * shared + 3 * stream - (1 + swiglu) * k * hidden)
+        return compiled_temporaries(spec, rows=rows, itemsize=itemsize, one_by_one=one_by_one)
     at_shared = 2 * stream + wide + shared if shared else 0
     freed = 4 * shared
     at_sum = stream + wide * (2 * k + 3) - freed
@@ -101,17 +100,20 @@ def backward_temporaries(
 def compiled_temporaries(spec: ModelSpec, *, rows: int, itemsize: int, one_by_one: bool) -> int:
     """Bytes alive in the backward of the compiled block beside what it saved and the gradients of weights.
 
-    At the activation's backward: the gradients of the result and of the gated sum; a row of tokens and one of
-    gradients for each choice; of hidden units da, dh, the activation, and dup for SwiGLU. one_by_one: as on a CPU,
-    where of all but the gradients' rows there is one expert's part (routing balanced).
+    At the activation's backward: the gradients of the result and, where a shared expert or second biases ask for it,
+    of the gated sum; a row of tokens and one of gradients for each choice; of hidden units da, dh, the activation, and
+    dup for SwiGLU, the shared expert's beside them in memory of its own stream. one_by_one: as on a CPU, where of all
+    but the gradients' rows there is one expert's part (routing balanced), the shared expert's first.
     """
     chosen, swiglu = rows * spec.top_k, spec.expert_kind == "swiglu"
     stream, choices = itemsize * rows * spec.dim, itemsize * chosen * spec.dim
     hidden = (3 + swiglu) * itemsize * chosen * spec.mlp_hidden
+    shared, beside = 4 * itemsize * rows * spec.shared_hidden, stream if spec.shared_hidden else 0
+    gradients = stream * (1 if swiglu and not shared else 2)
     if not one_by_one:
-        return 2 * stream + 2 * choices + hidden
+        return gradients + 2 * choices + hidden + shared + beside
     at_end = stream + (0 if swiglu else FLOAT * rows * spec.dim)  # the gradient of the tokens; of second biases, wide
-    return 2 * stream + choices + max((choices + hidden) // spec.num_experts, at_end)
+    return gradients + choices + max(shared, beside + max((choices + hidden) // spec.num_experts, at_end))
 
 
 def _saved_by_modulate(rows: int, dim: int, images: int, itemsize: int, compiled: bool) -> int:
@@ -155,7 +157,10 @@ def _saved_by_experts(spec: ModelSpec, rows: int, itemsize: int, compiled: bool,
         routed += 0 if swiglu else (1 if compiled else 2) * INDEX * chosen
     if spread:  # where each row stands by source and by expert
         routed += 2 * INDEX * chosen
-    shared = itemsize * rows * (3 if compiled else 4) * spec.shared_hidden
+    # Of the shared expert: gate and up; where it is not in the block's operation also their product, and silu(gate)
+    # unless compiled.
+    units = 0 if lean and not spread else 2 if whole else 3 if compiled else 4
+    shared = itemsize * rows * units * spec.shared_hidden
     # The tokens are kept by whichever takes them as they are: the router, a shared expert, experts computed again.
     as_they_are = compiled or itemsize == FLOAT or spec.shared_hidden or (lean and not spread)
     return routed + shared + itemsize * rows * spec.dim * (2 if as_they_are else 1)

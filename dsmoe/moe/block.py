@@ -1,7 +1,5 @@
 """The mixture-of-experts layer that takes the place of the MLP in a DiT block."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +11,6 @@ from dsmoe.moe.fan_out import fan_out
 from dsmoe.moe.router import Gate
 from dsmoe.moe.shared import SharedExpert
 from dsmoe.moe.statistics import MoEStats
-from dsmoe.runtime.device import beside
-
-# The shared expert's part [N, D], or None without one; called once.
-Shared = Callable[[], Tensor | None]
 
 
 class MoE(nn.Module):
@@ -56,26 +50,22 @@ class MoE(nn.Module):
         With ada_gate [B, D] and residual [B, T, D], the end of a DiT block: residual + ada_gate * y, rounded once.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        for_gate, for_experts, for_shared = fan_out(tokens, 3)
-        shared = self.start_shared(for_shared)
+        for_gate, *for_experts = fan_out(tokens, 3)
         routing = self.gate(for_gate, self.selection_bias)
         end = End(None if residual is None else residual.reshape(tokens.shape), ada_gate)
-        y = self.mixture(for_experts, shared, routing, end)
+        y = self.mixture(*for_experts, routing, end)
         return y.view(x.shape), self._stats(routing, x.shape[0], x.shape[1])
 
     def new_experts(self, spec: ModelSpec) -> Experts:
         """The routed experts that live here; where expert parallelism enters, with `mixture`."""
         return Experts(spec.expert_kind, spec.num_experts, spec.dim, spec.mlp_hidden)
 
-    def start_shared(self, tokens: Tensor) -> Shared:
-        """Start the shared expert on tokens [N, D]; on a GPU it runs while tokens are routed and gathered."""
-        if self.shared_experts is None:
-            return lambda: None
-        return beside(self.shared_experts, tokens).result
+    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing, end: End) -> Tensor:
+        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, ended by `end`, [N, D].
 
-    def mixture(self, tokens: Tensor, shared: Shared, routing: ops.Routing, end: End) -> Tensor:
-        """tokens [N, D] -> what the routed experts, and the shared one if any, make of them, ended by `end`, [N, D]."""
-        return self.experts(tokens, routing.counts, routing=routing, add=shared(), end=end)
+        for_shared: the same tokens for a shared expert that is called by itself. Here one operation covers all experts.
+        """
+        return self.experts(tokens, routing.counts, routing=routing, shared=self.shared_experts, end=end)
 
     @torch.no_grad()
     def update_previous_load(self, load: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from dsmoe import ops
 from dsmoe.base.presets import ModelSpec
 from dsmoe.moe import dispatch
-from dsmoe.moe.block import MoE, Shared
+from dsmoe.moe.block import MoE
 from dsmoe.moe.experts import End, Experts
 from dsmoe.runtime import distributed
 
@@ -60,13 +60,11 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         """This rank's experts."""
         return _LocalExperts(spec, self._groups)
 
-    def start_shared(self, tokens: Tensor) -> Shared:
-        """Nothing yet: it is the work to do while tokens are under way."""
-        return (lambda: None) if self.shared_experts is None else lambda: self.shared_experts(tokens)
-
-    def mixture(self, tokens: Tensor, shared: Shared, routing: ops.Routing, end: End) -> Tensor:
+    def mixture(self, tokens: Tensor, for_shared: Tensor, routing: ops.Routing, end: End) -> Tensor:
         """As in MoE; the shared expert runs while tokens are under way."""
-        return dispatch.across(tokens, routing, self.experts, self._groups.parallel, shared, **end._asdict())
+        shared = self.shared_experts
+        meanwhile = (lambda: None) if shared is None else (lambda: shared(for_shared))
+        return dispatch.across(tokens, routing, self.experts, self._groups.parallel, meanwhile, **end._asdict())
 
 
 class _LocalExperts(Experts):

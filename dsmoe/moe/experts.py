@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dsmoe import ops
 from dsmoe.base.errors import ConfigError, choose_from
 from dsmoe.base.presets import EXPERT_KINDS
+from dsmoe.moe.shared import SharedExpert
 from dsmoe.ops.initialize import initialize
 
 
@@ -75,16 +76,18 @@ class Experts(nn.Module):
         counts: Tensor,
         *,
         routing: ops.Routing | None = None,
-        add: Tensor | None = None,
+        shared: SharedExpert | None = None,
         end: End | None = None,
     ) -> Tensor:
         """Rows x [R, D], the first counts[0] for expert 0 and so on -> [R, D], without gates. counts int64 [E].
 
-        With `routing`, x [N, D] are tokens instead, and come back as sum_j gate_nj E_{index_nj}(x_n) + add_n, ended by
-        `end`, [N, D].
+        With `routing`, x [N, D] are tokens instead, and come back as sum_j gate_nj E_{index_nj}(x_n) + shared(x_n),
+        ended by `end`, [N, D]. The shared expert's weights are read here, not given: so ZeRO-3 notices, and gathers them
+        with this module's own (DeepSpeed's external parameters).
         """
         weights = (self.w1, self.w2, self.w3)
         if routing is None:
             return ops.expert_rows(x, counts, *weights, self.kind, recompute=self.recompute)
         end = (end or End())._asdict()
-        return ops.moe_ffn(x, routing, *weights, self.kind, add=add, **end, recompute=self.recompute)
+        matrices = None if shared is None else shared.matrices()
+        return ops.moe_ffn(x, routing, *weights, self.kind, shared=matrices, **end, recompute=self.recompute)

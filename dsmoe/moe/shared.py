@@ -22,6 +22,10 @@ class SharedExpert(nn.Module):
         self.up_proj = _XavierLinear(dim, hidden, bias=False)
         self.down_proj = _XavierLinear(hidden, dim, bias=False)
 
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate [Fs, D], down [D, Fs] and up [Fs, D], as ops.moe_ffn takes them."""
+        return self.gate_proj.weight, self.down_proj.weight, self.up_proj.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         return self.down_proj(ops.expert_act(self.gate_proj(x), "swiglu", self.up_proj(x)))

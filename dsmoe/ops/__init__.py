@@ -229,19 +229,21 @@ def moe_ffn(
     w3: Tensor,
     kind: str,
     *,
-    add: Tensor | None = None,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """The routed experts as one operation: sum_j gates[n,j] * E_{indices[n,j]}(x[n]) + add[n], [N,D] in the dtype of x.
+    """The experts as one operation: sum_j gates[n,j] * E_{indices[n,j]}(x[n]) + S(x[n]), [N,D] in the dtype of x.
 
-    w1, w2, w3: the stacks of moe.experts.Experts, of `kind` "swiglu" or "gelu". ada_gate [B,D] and residual [N,D] end
-    it as in sum_rows. All of the sum is in float32, rounded once.
+    w1, w2, w3: the stacks of moe.experts.Experts, of `kind` "swiglu" or "gelu". shared: matrices (s1 [Fs,D], s2 [D,Fs],
+    s3 [Fs,D]) of an expert that all tokens pass, S(x) = s2 (silu(s1 x) * s3 x); on a GPU it runs beside the routed
+    ones. ada_gate [B,D] and residual [N,D] end it as in sum_rows. All of the sum is in float32, rounded once.
     recompute: keep x alone for the backward pass and compute the first products again there, instead of keeping theirs
-    (R x F elements, twice that for "swiglu"). The reference keeps the experts' results too and computes all anew.
+    (R x F elements, twice that for "swiglu"; of the shared expert 2 N x Fs). The reference keeps the routed experts'
+    results too and computes all anew.
     """
-    return _OPS["moe_ffn"](x, routing, w1, w2, w3, kind, add, residual, ada_gate, recompute)
+    return _OPS["moe_ffn"](x, routing, w1, w2, w3, kind, shared, residual, ada_gate, recompute)
 
 
 def expert_rows(

@@ -37,13 +37,23 @@ def modulate(x: Tensor, *_: object) -> Pairs:
     return ("tokens", bucket(x.shape[0] * x.shape[1])), ("dim", x.shape[2])
 
 
-def moe_ffn(x: Tensor, routing: Routing, w1: Tensor, w2: Tensor, w3: Tensor, kind: str, *_: object) -> Pairs:
-    """Tokens, D, F, experts, choices, the kind of expert; with and without `recompute` alike."""
+def moe_ffn(
+    x: Tensor,
+    routing: Routing,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    kind: str,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    *_: object,
+) -> Pairs:
+    """Tokens, D, F, the shared expert's F (0: none), experts, choices, the kind; with and without `recompute` alike."""
     experts, hidden, dim = w1.shape
     return (
         ("tokens", bucket(x.shape[0])),
         ("dim", dim),
         ("hidden", hidden),
+        ("shared", shared[0].shape[0] if shared else 0),
         ("experts", experts),
         ("k", routing.indices.shape[1]),
         ("matrices", _matrices(kind)),

@@ -147,20 +147,21 @@ class Device:
 class Pending:
     """Work under way on a stream of its own; none: it is done."""
 
-    _made: Tensor | None
+    _made: Tensor | tuple[Tensor, ...] | None
     _stream: "torch.cuda.Stream | None" = None
 
-    def result(self) -> Tensor | None:
+    def result(self) -> Tensor | tuple[Tensor, ...] | None:
         """What it made. From here on the stream in use waits for it, not the host. Call it once."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
-            if self._made is not None:
-                self._made.record_stream(current)
+            for made in self._made if isinstance(self._made, tuple) else (self._made,):
+                if made is not None:
+                    made.record_stream(current)
         return self._made
 
 
-def beside(work: Callable[..., Tensor | None], *inputs: Tensor) -> Pending:
+def beside(work: Callable[..., Tensor | tuple[Tensor, ...] | None], *inputs: Tensor) -> Pending:
     """Start work(*inputs) beside what the caller does until it asks for the result: on a GPU on a side stream, which
     waits for what has been queued so far; on a CPU, and inside torch.compile, which orders kernels itself, at once.
 

@@ -72,15 +72,21 @@ def _of_one_expert(matrices: Iterable[torch.Size]) -> int:
 
 
 def moe_ffn_flop(x: torch.Size, gates: torch.Size, *rest: object, **_: object) -> int:
-    """Operations of the products in dsmoe::moe_ffn: each row [D] of gates [N, k] by its expert's w1, w2, w3."""
-    return 2 * prod(gates) * _of_one_expert(rest[5:8])
+    """Operations of the products in dsmoe::moe_ffn: each row [D] of gates [N, k] by its expert's w1, w2, w3, each token
+    by the shared expert's s1, s2, s3."""
+    routed, shared = rest[5:8], [s for s in rest[8:11] if s is not None]
+    return 2 * (prod(gates) * _of_one_expert(routed) + x[0] * sum(prod(s) for s in shared))
 
 
 def moe_ffn_backward_flop(dy: torch.Size, x: torch.Size, gates: torch.Size, *rest: object, **_: object) -> int:
     """Operations of its backward: gradients of rows and, if wanted, of weights; h and up again if not kept."""
-    w1, w2, w3, h, *_, weights, _added = rest[5:]
+    w1, w2, w3, *shared, h = rest[5:12]
+    times = 2 if rest[-1] else 1
     again = _of_one_expert((w1, w3)) if h is None else 0
-    return 2 * prod(gates) * (_of_one_expert((w1, w2, w3)) * (2 if weights else 1) + again)
+    routed = prod(gates) * (_of_one_expert((w1, w2, w3)) * times + again)
+    if shared[0] is None:
+        return 2 * routed
+    return 2 * (routed + x[0] * prod(shared[0]) * (3 * times + (2 if h is None else 0)))
 
 
 # What torch 2.11 to 2.13 counts as nothing: grouped products (experts on a GPU) and attention on a CPU. An operation
@@ -203,7 +209,10 @@ def counter() -> FlopCounterMode:
 
 
 def counted_forward(model: DiT) -> MacCount:
-    """MACs of one image's forward pass, counted while `model` runs on its own device."""
+    """MACs of one image's forward pass, counted while `model` runs on its own device.
+
+    Where one compiled operation takes the routed and the shared expert, both count as "experts".
+    """
     found = counter()
     with found, torch.no_grad():
         model(*_one_image(model))
@@ -236,19 +245,22 @@ def _one_image(model: DiT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _by_component(counts: dict[str, dict]) -> MacCount:
-    """The counter's totals by module, which include all modules below, as MACs by component."""
-    totals = {name: sum(ops.values()) for name, ops in counts.items() if name != "Global"}
-    own = dict(totals)
-    for name, flops in totals.items():
+    """The counter's totals by module and operation, which include all modules below, as MACs by component."""
+    totals = {name: dict(ops) for name, ops in counts.items() if name != "Global"}
+    own = {name: dict(ops) for name, ops in totals.items()}
+    for name, ops in totals.items():
         parent = name.rpartition(".")[0]
         while parent and parent not in own:
             parent = parent.rpartition(".")[0]  # a list of modules is not called, so it has no total
-        if parent:
-            own[parent] -= flops
+        for op, flops in ops.items() if parent else ():
+            own[parent][op] -= flops
     macs = dict.fromkeys((component for _, component in _COMPONENTS), 0)
-    for name, flops in own.items():
+    for name, op, flops in ((name, op, flops) for name, ops in own.items() for op, flops in ops.items()):
         component = next((c for part, c in _COMPONENTS if part in name), None)
         assert component or not flops, f"{flops} operations in {name} belong to no component"
+        # One module runs all experts; in pieces the routed ones' products are grouped, the shared one's plain.
+        if component == "experts" and op is torch.ops.aten.mm:
+            component = "shared_expert"
         if component:
             macs[component] += flops // 2
     return MacCount(**macs)

@@ -106,12 +106,15 @@ def _shared_act(draw: Callable[..., Tensor], tokens: int, spec: ModelSpec) -> Ca
 def _moe_ffn(draw: Callable[..., Tensor], to: ops.Routing, spec: ModelSpec) -> Case:
     experts, dim, hidden = spec.num_experts, spec.dim, spec.mlp_hidden
     third = (experts, hidden, dim) if spec.expert_kind == "swiglu" else (experts, 1, hidden + dim)
-    inputs = {"x": draw(len(to.position), dim), "gates": to.gates.clone(), "add": draw(len(to.position), dim)}
+    inputs = {"x": draw(len(to.position), dim), "gates": to.gates.clone()}
     shapes = {"w1": (experts, hidden, dim), "w2": (experts, dim, hidden), "w3": third}
+    if wide := spec.shared_hidden:
+        shapes |= {"s1": (wide, dim), "s2": (dim, wide), "s3": (wide, dim)}
     inputs |= {name: draw(*shape, scale=dim**-0.5) for name, shape in shapes.items()}
 
     def arguments(given: Mapping[str, Tensor]) -> tuple:
         weights = (given["w1"], given["w2"], given["w3"])
-        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, given["add"])
+        shared = (given["s1"], given["s2"], given["s3"]) if spec.shared_hidden else None
+        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, shared)
 
     return Case("moe_ffn", inputs, arguments)

@@ -54,9 +54,8 @@ def both(recorder=None):
     if recorder is not None:
         recorder.note("shared", moe.shared_experts)
         recorder.note("experts", moe.experts)
-        moe.start_shared = lambda tokens: lambda: moe.shared_experts(tokens)
-        moe.mixture = lambda tokens, shared, routing, end: dispatch.across(
-            tokens, routing, moe.experts, None, shared, **end._asdict()
+        moe.mixture = lambda tokens, for_shared, routing, end: dispatch.across(
+            tokens, routing, moe.experts, None, lambda: moe.shared_experts(for_shared), **end._asdict()
         )
     y, stats = moe(x)
     (y.square().sum() + stats.balance_loss).backward()

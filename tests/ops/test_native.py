@@ -13,7 +13,8 @@ from op_inputs import random, routed
 
 from dsmoe import ops
 from dsmoe.ops import native
-from dsmoe.ops.native import ffn
+from dsmoe.ops.native import ffn_by_expert, ffn_grouped
+from dsmoe.ops.native.ffn_parts import Kept, Places, Weights
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # tokens, experts, choices, dim: nothing, one, fewer than a vector, ragged dims, several units, many.
@@ -200,7 +201,7 @@ def test_modulate(shape, dtype, compiled):
 
 
 @DTYPES
-@pytest.mark.parametrize("end", [(), ("ada_gate",), ("add", "residual", "ada_gate")], ids=str)
+@pytest.mark.parametrize("end", [(), ("shared",), ("ada_gate",), ("shared", "residual", "ada_gate")], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 # The second has experts without rows, and enough gates for an RMS of their gradients' errors that is not chance.
@@ -212,40 +213,47 @@ def test_moe_ffn(shape, kind, recompute, end, dtype, compiled):
     third = (e, f, d) if kind == "swiglu" else (e, 1, f + d)
     for name, size in (("w1", (e, f, d)), ("w2", (e, d, f)), ("w3", third)):
         inputs[name] = random(*size, dtype=dtype, seed=len(inputs)) / d**0.5
-    sizes = {"add": (n, d), "residual": (n, d), "ada_gate": (min(n, 5), d)}
-    inputs |= {name: random(*sizes[name], dtype=dtype, seed=i) for i, name in enumerate(end, start=20)}
+    sizes = {"residual": (n, d), "ada_gate": (min(n, 5), d)}
+    inputs |= {name: random(*sizes[name], dtype=dtype, seed=i) for i, name in enumerate(end, start=20) if name in sizes}
+    if "shared" in end:
+        sizes = {"s1": (f + 3, d), "s2": (d, f + 3), "s3": (f + 3, d)}
+        inputs |= {name: random(*sizes[name], dtype=dtype, seed=i) / d**0.5 for i, name in enumerate(sizes, start=30)}
 
-    def function(x, gates, **weights):
-        return ops.moe_ffn(x, r._replace(gates=gates), **weights, kind=kind, recompute=recompute)
+    def function(x, gates, s1=None, s2=None, s3=None, **given):
+        shared = None if s1 is None else (s1, s2, s3)
+        return ops.moe_ffn(x, r._replace(gates=gates), **given, kind=kind, shared=shared, recompute=recompute)
 
     assert_right(function, inputs, [random(n, d, dtype=dtype, seed=8)])
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("kind", "variant"), [("swiglu", "library"), ("swiglu", "glu"), ("gelu", "library")])
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("ends", [False, True])
-def test_the_gpu_composition_of_the_block_gives_the_same(kind, weights, keep, ends):
+@pytest.mark.parametrize("rest", [False, True])
+def test_the_gpu_compositions_of_the_block_give_the_same(kind, variant, weights, keep, rest):
     """All experts by grouped products, as on a GPU; here from the CPU's pieces."""
-    r, code = routed(90, 4, 2), {"swiglu": 0, "gelu": 1}[kind]
-    places = (random(90, 24), r.gates, r.indices, r.order, r.position, r.counts, r.ends)
+    r, code, x = routed(90, 4, 2), {"swiglu": 0, "gelu": 1}[kind], random(90, 24)
+    to = Places(r.gates, r.indices, r.order, r.position, r.counts, r.ends)
     third = (4, 32, 24) if kind == "swiglu" else (4, 1, 56)
-    experts = tuple(random(*size, seed=i) for i, size in enumerate(((4, 32, 24), (4, 24, 32), third)))
-    end = (random(90, 24, seed=6), random(90, 24, seed=7), random(3, 24, seed=8)) if ends else (None, None, None)
-    one = ffn._forward_by_expert(*places, *experts, *end, code, keep, ends)
-    all_ = ffn._forward_grouped(*places, *experts, *end, code, keep, ends)
+    sizes = ((4, 32, 24), (4, 24, 32), third, *(((20, 24), (24, 20), (20, 24)) if rest else ()))
+    given = [random(*size, seed=i) for i, size in enumerate(sizes)] + [None] * (0 if rest else 3)
+    residual, ada_gate = (random(90, 24, seed=7), random(3, 24, seed=8)) if rest else (None, None)
+    before, how = (x, to, Weights(*given), residual, ada_gate), (keep, rest)
+    one = ffn_by_expert.forward(*before, code, *how)
+    glu = variant == "glu"
+    all_ = (ffn_grouped.forward_glu if glu else ffn_grouped.forward)(*before, *(() if glu else (code,)), *how)
     torch.testing.assert_close(all_[0], one[0])
-    torch.testing.assert_close(all_[3], one[3])
-    dy, again = random(90, 24, seed=5), (end[2], code, weights, ends)
+    torch.testing.assert_close(all_[5], one[5])
 
-    def kept(h, up, branch):
-        return *((h, up if code == 0 else None) if keep else (None, None)), branch if ends else None
+    def kept(h, up, shared_h, shared_up, branch):
+        shared = (shared_h, shared_up) if keep and rest else (None, None)
+        return Kept(*((h, up if code == 0 else None) if keep else (None, None)), *shared, branch if rest else None)
 
-    one, all_ = (
-        backward(dy, *places, *experts, *kept(*forward[1:]), *again)
-        for backward, forward in ((ffn._backward_by_expert, one), (ffn._backward_grouped, all_))
-    )
+    dy = random(90, 24, seed=5)
+    one = ffn_by_expert.backward(dy, x, to, Weights(*given), kept(*one[1:]), ada_gate, code, weights)
+    given = (dy, x, to, Weights(*given), kept(*all_[1:]), ada_gate)
+    all_ = ffn_grouped.backward_glu(*given, weights) if glu else ffn_grouped.backward(*given, code, weights)
     for a, b in zip(one, all_, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

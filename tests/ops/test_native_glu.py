@@ -7,7 +7,7 @@ from op_inputs import random, routed
 from torch.nn import functional as F
 
 from dsmoe import ops
-from dsmoe.ops.native import ffn, glu
+from dsmoe.ops.native import ffn, ffn_grouped, glu
 
 pytestmark = needs_kernels
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -79,7 +79,7 @@ def glu_variant(monkeypatch):
 
     def noting(name):
         function = getattr(glu, name)
-        monkeypatch.setattr(ffn, name, lambda *a: ran.append(name) or function(*a))
+        monkeypatch.setattr(ffn_grouped, name, lambda *a: ran.append(name) or function(*a))
 
     noting("grouped_glu")
     noting("grouped_dglu")
@@ -90,20 +90,23 @@ def glu_variant(monkeypatch):
 
 @DTYPES
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (5, 8, 1, 24), (70, 16, 4, 33), (200, 4, 2, 48)], ids=str)
-def test_moe_ffn(shape, recompute, dtype, glu_variant):
+def test_moe_ffn(shape, shared, recompute, dtype, glu_variant):
     n, e, k, d = shape
     f, r = 2 * d, routed(n, e, k)
     inputs = {"x": random(n, d, dtype=dtype), "gates": r.gates.detach()}
     for name, size in (("w1", (e, f, d)), ("w2", (e, d, f)), ("w3", (e, f, d))):
         inputs[name] = random(*size, dtype=dtype, seed=len(inputs)) / d**0.5
-    if not recompute:
-        inputs["add"] = random(n, d, dtype=dtype, seed=7)
+    if shared:
+        for name, size in (("s1", (f + 3, d)), ("s2", (d, f + 3)), ("s3", (f + 3, d))):
+            inputs[name] = random(*size, dtype=dtype, seed=len(inputs)) / d**0.5
 
-    def function(x, gates, **weights):
-        return ops.moe_ffn(x, r._replace(gates=gates), **weights, kind="swiglu", recompute=recompute)
+    def function(x, gates, w1, w2, w3, *matrices):
+        beside = matrices or None
+        return ops.moe_ffn(x, r._replace(gates=gates), w1, w2, w3, "swiglu", shared=beside, recompute=recompute)
 
-    assert_right(function, inputs, [random(n, d, dtype=dtype, seed=8)])
+    assert_right(lambda **given: function(*given.values()), inputs, [random(n, d, dtype=dtype, seed=8)])
     assert glu_variant == ["grouped_glu", *(["grouped_glu"] if recompute else []), "grouped_dglu"]
 
 
@@ -127,9 +130,9 @@ def test_which_variants_there_are(glu_variant):
     assert not glu_variant, "GELU experts know the library's products alone"
     places = (r.gates, r.indices, r.order, r.position, r.counts, r.ends)
     with pytest.raises(ValueError, match='"glu" those of swiglu'):
-        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, None, None, None, 1, "glu", True, False)
+        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, *(None,) * 5, 1, "glu", True, False)
     with pytest.raises(ValueError, match="variant 'fast'"):
-        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w, None, None, None, 0, "fast", True, False)
+        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w, *(None,) * 5, 0, "fast", True, False)
 
 
 @DTYPES
@@ -149,7 +152,8 @@ def test_opcheck(dtype):
         (op.grouped_dglu, (x, r.order, 2, leaf(4, d, f), r.ends, h, up, None, leaf(d, 24), leaf(20, 24),
                            leaf(20, 24, seed=1), False)),
         (op.moe_ffn, (leaf(20, d).requires_grad_(), *places, *stacks[:1], leaf(4, d, f).requires_grad_(), stacks[1],
-                      None, leaf(20, d), leaf(5, d).requires_grad_(), 0, ffn.GLU, True, True)),
+                      leaf(24, d).requires_grad_(), leaf(d, 24), leaf(24, d), leaf(20, d),
+                      leaf(5, d).requires_grad_(), 0, ffn.GLU, True, True)),
     ]  # fmt: skip
     for packet, arguments in calls:
         torch.library.opcheck(packet.default, arguments)

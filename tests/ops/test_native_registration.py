@@ -35,13 +35,19 @@ def test_opcheck(dtype):
         (op.expert_act, (h, 1, None, leaf(8, f), r.ends, None)),
         (op.modulate, (leaf(2, 70, d), leaf(2, d), leaf(2, d))),
         (op.grouped_mm, (rows, leaf(8, d, f), r.counts, False)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, f, d), leaf(50, d), None, None, 0, ffn.LIBRARY, True, False)),
-        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, None, None, 1, ffn.LIBRARY, False, False)),
-        (
-            op.moe_ffn,
-            (*places, *stacks, leaf(8, f, d), leaf(50, d), leaf(50, d), leaf(5, d), 0, ffn.LIBRARY, True, True),
-        ),
-        (op.moe_ffn, (*places, *stacks, leaf(8, 1, f + d), None, leaf(50, d), leaf(5, d), 1, ffn.LIBRARY, False, True)),
+    ]
+    alone, shared, ends = (None,) * 3, (leaf(10, d), leaf(d, 10), leaf(10, d)), (leaf(50, d), leaf(5, d))
+    swiglu, gelu, library = (*stacks, leaf(8, f, d)), (*stacks, leaf(8, 1, f + d)), ffn.LIBRARY
+    calls += [
+        (op.moe_ffn, (*places, *weights, *how))
+        for weights, how in (
+            ((*swiglu, *alone), (None, None, 0, library, True, False)),
+            ((*swiglu, *shared), (None, None, 0, library, True, False)),
+            ((*gelu, *alone), (None, None, 1, library, False, False)),
+            ((*swiglu, *shared), (*ends, 0, library, True, True)),
+            ((*swiglu, *shared), (*ends, 0, ffn.GLU, False, True)),
+            ((*gelu, *shared), (*ends, 1, library, False, True)),
+        )
     ]
     for packet, arguments in calls:
         torch.library.opcheck(packet.default, arguments)

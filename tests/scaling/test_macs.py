@@ -148,7 +148,10 @@ def pieces(request):
 @every_kind
 def test_a_run_on_the_cpu_counts_the_same(kind, pieces):
     model, expected = scrambled(kind, torch.float32), small(kind).macs()
-    assert counted_forward(model) == expected == counted_forward(on_meta(small(kind)))
+    assert counted_forward(on_meta(small(kind))) == expected
+    if pieces == "native":  # one operation for the routed and the shared expert
+        expected = dataclasses.replace(expected, experts=expected.experts + expected.shared_expert, shared_expert=0)
+    assert counted_forward(model) == expected
     # Of operations of our own torch counts nothing, nor of attention's fused kernel.
     unknown = expected.attention + expected.experts + (expected.router if pieces == "native" else 0)
     assert by_torch_alone(model) == expected.total - unknown

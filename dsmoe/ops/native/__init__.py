@@ -88,7 +88,7 @@ def moe_ffn(
     w2: Tensor,
     w3: Tensor,
     kind: str,
-    add: Tensor | None = None,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
@@ -96,11 +96,13 @@ def moe_ffn(
     variant: str = ffn.LIBRARY,
 ) -> Tensor:
     """See dsmoe.ops.moe_ffn. variant: of the products, see ffn; experts of "gelu" know the library's alone."""
-    beside = [t for t in (w1, w2, w3, add, residual, ada_gate) if t is not None]
-    if not _covers(x, *beside) or routing.gates.dtype != torch.float32 or _too_wide(x) or _too_wide(w1.mT):
-        return composed.moe_ffn(x, routing, w1, w2, w3, kind, add, residual, ada_gate, recompute)
+    beside = [t for t in (w1, w2, w3, *(shared or ()), residual, ada_gate) if t is not None]
+    widest = max(x.shape[1], w1.shape[1], shared[0].shape[0] if shared else 0)
+    covered = _covers(x, *beside) and routing.gates.dtype == torch.float32
+    if not covered or (x.device.type != "cpu" and widest > _GPU_WIDTH):
+        return composed.moe_ffn(x, routing, w1, w2, w3, kind, shared, residual, ada_gate, recompute)
     variant = variant if kind == "swiglu" else ffn.LIBRARY
-    return ffn.call(x, routing, w1, w2, w3, _KINDS[kind], add, residual, ada_gate, recompute, variant)
+    return ffn.call(x, routing, (w1, w2, w3), shared, _KINDS[kind], residual, ada_gate, recompute, variant)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe import ops  # still being imported at this point: this module stands in its table
 from dsmoe.ops.reference.routing import Routing
+from dsmoe.runtime.device import beside
 
 
 def moe_ffn(
@@ -17,7 +19,7 @@ def moe_ffn(
     w2: Tensor,
     w3: Tensor,
     kind: str,
-    add: Tensor | None = None,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
@@ -28,17 +30,18 @@ def moe_ffn(
         rows = ops.gather_rows(x, routing.order, routing.position)
         return _expert_rows(rows, routing.counts, w1, w2, w3, kind)
 
-    rows = _again(routed, x, w1, w2, w3) if recompute else routed(x, w1, w2, w3)
+    run = _again if recompute else _once
+    add = beside(lambda x: run(_shared_expert, x, *shared) if shared else None, x)
+    rows = run(routed, x, w1, w2, w3)
     to, end = (routing.order, routing.position, routing.gates), {"residual": residual, "ada_gate": ada_gate}
-    return ops.sum_rows(rows, *to, add=add, **end, narrow=True)
+    return ops.sum_rows(rows, *to, add=add.result(), **end, narrow=True)
 
 
 def expert_rows(
     rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str, recompute: bool = False
 ) -> Tensor:
     """See dsmoe.ops.expert_rows."""
-    given = (rows, counts, w1, w2, w3, kind)
-    return _again(_expert_rows, *given) if recompute else _expert_rows(*given)
+    return (_again if recompute else _once)(_expert_rows, rows, counts, w1, w2, w3, kind)
 
 
 def _expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str) -> Tensor:
@@ -49,6 +52,14 @@ def _expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tenso
     b1, b2 = w3[:, 0].split((w1.shape[1], w1.shape[2]), dim=-1)
     a = ops.expert_act(h, kind, bias=b1, counts=counts)
     return ops.add_expert_bias(ops.grouped_mm(a, w2, counts, transposed=True), b2, counts)
+
+
+def _shared_expert(x: Tensor, s1: Tensor, s2: Tensor, s3: Tensor) -> Tensor:
+    return functional.linear(ops.expert_act(functional.linear(x, s1), "swiglu", functional.linear(x, s3)), s2)
+
+
+def _once(function: Callable[..., Tensor], *given: object) -> Tensor:
+    return function(*given)
 
 
 def _again(function: Callable[..., Tensor], *given: object) -> Tensor:

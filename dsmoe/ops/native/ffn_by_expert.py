@@ -1,0 +1,126 @@
+"""The experts' operation on a CPU: one expert after the other, so that rows stay in the cache and temporaries are those
+of one expert."""
+
+import torch
+from torch import Tensor
+
+from dsmoe.ops import products
+from dsmoe.ops.native import ffn_parts as parts
+from dsmoe.ops.native.ffn_parts import SWIGLU, Kept, Places, Weights
+
+
+def forward(
+    x: Tensor,
+    to: Places,
+    w: Weights,
+    residual: Tensor | None,
+    ada_gate: Tensor | None,
+    kind: int,
+    keep: bool,
+    keep_branch: bool,
+) -> tuple[Tensor, ...]:
+    """y [N, D] and what is kept, as ffn.py defines the operation."""
+    swiglu, sizes = kind == SWIGLU, to.counts.tolist()
+    rows = torch.ops.dsmoe.gather_rows(x, to.order, to.position)
+    row_gates = to.row_gates()
+    h = x.new_empty((rows.shape[0], w.w1.shape[1]) if keep else (0,))
+    up = torch.empty_like(h) if swiglu else x.new_empty(0)
+    b1, b2 = (None, None) if swiglu else w.biases()
+    begin = 0
+    for e, size in enumerate(sizes):
+        if size == 0:
+            continue
+        own = slice(begin, begin + size)
+        begin += size
+        mine = rows[own]
+        hidden = h[own] if keep else x.new_empty(size, w.w1.shape[1])
+        upper = None
+        if swiglu:
+            upper = up[own] if keep else torch.empty_like(hidden)
+            products.mm(mine, w.w1[e].mT, hidden)
+            products.mm(mine, w.w3[e].mT, upper)
+        else:
+            products.addmm(b1[e], mine, w.w1[e].mT, hidden)
+        a = torch.ops.dsmoe.expert_act(hidden, kind, upper, None, None, row_gates[own])
+        products.mm(a, w.w2[e].mT, mine)  # over the expert's own rows, which are not needed again
+        del hidden, upper, a
+    add, *firsts = (None, None, None) if w.s1 is None else parts.shared_forward(x, w)
+    firsts = firsts if keep and w.s1 is not None else parts.no_gradients(x, 2)
+    y, branch = parts.finish(rows, to, add, residual, ada_gate, b2, keep_branch)
+    return y, h, up, *firsts, branch
+
+
+def backward(
+    dy: Tensor, x: Tensor, to: Places, w: Weights, kept: Kept, ada_gate: Tensor | None, kind: int, weights: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of x, gates, the six weights and ada_gate."""
+    swiglu = kind == SWIGLU
+    # `rows` becomes the gradient of the expert rows.
+    rows, dsum, dada = parts.begin_backward(dy, to, kept.branch, ada_gate, w.s1 is not None or not swiglu)
+    dshared, *dw_shared = _shared_backward(dsum, x, w, kept, weights)
+    dweights = [torch.empty_like(stack) if weights else x.new_empty(0) for stack in w[:3]]
+    dgate = _through_experts(rows, x, to, w, kept, kind, dweights if weights else None)
+    dx, dgates = parts.back_to_tokens(rows, dgate, dshared, to)
+    if not swiglu:
+        more, db2 = parts.bias_gradients(dsum, to, w.biases()[1])
+        dgates += more
+        if weights:
+            dweights[2][:, 0, w.w1.shape[1] :] = db2
+    return dx, dgates, *dweights, *dw_shared, dada
+
+
+def _shared_backward(dsum: Tensor, x: Tensor, w: Weights, kept: Kept, weights: bool) -> tuple[Tensor | None, ...]:
+    if w.s1 is None:
+        return None, *parts.no_gradients(x, 3)
+    return parts.shared_backward(dsum, x, w, kept.shared_h, kept.shared_up, weights)
+
+
+def _through_experts(
+    rows: Tensor, x: Tensor, to: Places, w: Weights, kept: Kept, kind: int, dweights: list[Tensor] | None
+) -> Tensor:
+    """Turn the gradients of results `rows` [R, D] into those of the experts' inputs, in place; fill dweights if given.
+    Returns the gradient of the gates [R], float32."""
+    swiglu, token, row_gates = kind == SWIGLU, to.order // to.position.shape[1], to.row_gates()
+    dgate, begin = torch.empty_like(row_gates), 0
+    for e, size in enumerate(to.counts.tolist()):
+        mine = slice(begin, begin + size)
+        begin += size
+        dw = None if dweights is None else [d[e] for d in dweights]
+        if size == 0:
+            for d in dw or ():
+                d.zero_()
+            continue
+        tokens = x.index_select(0, token[mine])
+        if kept.h is None:
+            hidden, upper = _first_products(tokens, w.w1[e], w.w3[e], swiglu)
+        else:
+            hidden, upper = kept.h[mine], kept.up[mine] if swiglu else None
+        da = torch.empty_like(hidden)
+        products.mm(rows[mine], w.w2[e], da)
+        dh, dup, _, dgate[mine], a = torch.ops.dsmoe.expert_act_backward(
+            da, hidden, kind, upper, None, None, row_gates[mine], dw is not None
+        )
+        if dw is not None:
+            products.mm(rows[mine].mT, a, dw[1])
+            products.mm(dh.mT, tokens, dw[0])
+            if swiglu:
+                products.mm(dup.mT, tokens, dw[2])
+            else:
+                dw[2][0, : dh.shape[1]] = dh.sum(0)
+        products.mm(dh, w.w1[e], rows[mine])
+        if swiglu:
+            products.addmm(rows[mine], dup, w.w3[e], rows[mine])
+        del tokens, hidden, upper, da, dh, dup, a  # before the next expert's are made
+    return dgate
+
+
+def _first_products(tokens: Tensor, w1: Tensor, w3: Tensor, swiglu: bool) -> tuple[Tensor, Tensor | None]:
+    """h and up of one expert, once more; h with its bias for GELU."""
+    hidden = tokens.new_empty(tokens.shape[0], w1.shape[0])
+    if not swiglu:
+        products.addmm(w3[0, : w1.shape[0]], tokens, w1.mT, hidden)
+        return hidden, None
+    upper = torch.empty_like(hidden)
+    products.mm(tokens, w1.mT, hidden)
+    products.mm(tokens, w3.mT, upper)
+    return hidden, upper
