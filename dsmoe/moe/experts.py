@@ -82,8 +82,8 @@ class Experts(nn.Module):
         """Rows x [R, D], the first counts[0] for expert 0 and so on -> [R, D], without gates. counts int64 [E].
 
         With `routing`, x [N, D] are tokens instead, and come back as sum_j gate_nj E_{index_nj}(x_n) + shared(x_n),
-        ended by `end`, [N, D]. The shared expert's weights are read here, not given: so ZeRO-3 notices, and gathers them
-        with this module's own (DeepSpeed's external parameters).
+        ended by `end`, [N, D]. The shared expert's weights are read here, not given: so ZeRO-3 notices, and gathers
+        them with this module's own (DeepSpeed's external parameters).
         """
         weights = (self.w1, self.w2, self.w3)
         if routing is None:

@@ -176,6 +176,14 @@ def test_beside_waits_in_the_right_order(streams):
     ]  # fmt: skip
 
 
+def test_beside_keeps_each_of_several_results(streams):
+    made = streams.tensor("y"), None, streams.tensor("z")
+    pending = beside(lambda given: made, streams.tensor("x"))
+    del streams.events[:]
+    assert pending.result() is made
+    assert streams.events == ["main waits for side", "y is kept for main", "z is kept for main"]
+
+
 def test_beside_uses_one_side_stream_and_takes_work_without_a_result(streams):
     x = streams.tensor("x")
     first, second = (beside(lambda given: None, x) for _ in range(2))

@@ -1,6 +1,8 @@
 """The experts' operation on a CPU: one expert after the other, so that rows stay in the cache and temporaries are those
 of one expert."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,27 +24,29 @@ def forward(
     """y [N, D] and what is kept, as ffn.py defines the operation."""
     swiglu, sizes = kind == SWIGLU, to.counts.tolist()
     rows = torch.ops.dsmoe.gather_rows(x, to.order, to.position)
-    row_gates = to.row_gates()
     h = x.new_empty((rows.shape[0], w.w1.shape[1]) if keep else (0,))
     up = torch.empty_like(h) if swiglu else x.new_empty(0)
     b1, b2 = (None, None) if swiglu else w.biases()
-    begin = 0
-    for e, size in enumerate(sizes):
-        if size == 0:
+    # Views are made for all experts at once: for small layers theirs is a part of the time.
+    by_rows = (
+        rows.split(sizes),
+        to.row_gates().split(sizes),
+        _split(h, sizes, keep),
+        _split(up, sizes, keep and swiglu),
+    )
+    stacks = (w.w1.mT.unbind(), w.w2.mT.unbind(), (w.w3.mT if swiglu else b1).unbind())
+    for mine, gates, hidden, upper, w1, w2, third in zip(*by_rows, *stacks, strict=True):
+        if not len(mine):
             continue
-        own = slice(begin, begin + size)
-        begin += size
-        mine = rows[own]
-        hidden = h[own] if keep else x.new_empty(size, w.w1.shape[1])
-        upper = None
+        hidden = x.new_empty(len(mine), w1.shape[1]) if hidden is None else hidden
         if swiglu:
-            upper = up[own] if keep else torch.empty_like(hidden)
-            products.mm(mine, w.w1[e].mT, hidden)
-            products.mm(mine, w.w3[e].mT, upper)
+            upper = torch.empty_like(hidden) if upper is None else upper
+            products.mm(mine, w1, hidden)
+            products.mm(mine, third, upper)
         else:
-            products.addmm(b1[e], mine, w.w1[e].mT, hidden)
-        a = torch.ops.dsmoe.expert_act(hidden, kind, upper, None, None, row_gates[own])
-        products.mm(a, w.w2[e].mT, mine)  # over the expert's own rows, which are not needed again
+            products.addmm(third, mine, w1, hidden)
+        a = torch.ops.dsmoe.expert_act(hidden, kind, upper, None, None, gates)
+        products.mm(a, w2, mine)  # over the expert's own rows, which are not needed again
         del hidden, upper, a
     add, *firsts = (None, None, None) if w.s1 is None else parts.shared_forward(x, w)
     firsts = firsts if keep and w.s1 is not None else parts.no_gradients(x, 2)
@@ -80,38 +84,44 @@ def _through_experts(
 ) -> Tensor:
     """Turn the gradients of results `rows` [R, D] into those of the experts' inputs, in place; fill dweights if given.
     Returns the gradient of the gates [R], float32."""
-    swiglu, token, row_gates = kind == SWIGLU, to.order // to.position.shape[1], to.row_gates()
-    dgate, begin = torch.empty_like(row_gates), 0
-    for e, size in enumerate(to.counts.tolist()):
-        mine = slice(begin, begin + size)
-        begin += size
-        dw = None if dweights is None else [d[e] for d in dweights]
-        if size == 0:
-            for d in dw or ():
+    swiglu, sizes = kind == SWIGLU, to.counts.tolist()
+    token, row_gates = to.order // to.position.shape[1], to.row_gates()
+    by_rows = [t.split(sizes) for t in (rows, token, row_gates)]
+    by_rows += [_split(kept.h, sizes, kept.h is not None), _split(kept.up, sizes, kept.up is not None)]
+    stacks = [stack.unbind() for stack in w[:3]]
+    made = [[None] * len(sizes)] * 3 if dweights is None else [d.unbind() for d in dweights]
+    dgate = []
+    for mine, own, gates, hidden, upper, w1, w2, w3, *dw in zip(*by_rows, *stacks, *made, strict=True):
+        if not len(mine):
+            for d in dw if dweights is not None else ():
                 d.zero_()
             continue
-        tokens = x.index_select(0, token[mine])
-        if kept.h is None:
-            hidden, upper = _first_products(tokens, w.w1[e], w.w3[e], swiglu)
-        else:
-            hidden, upper = kept.h[mine], kept.up[mine] if swiglu else None
+        tokens = x.index_select(0, own)
+        if hidden is None:
+            hidden, upper = _first_products(tokens, w1, w3, swiglu)
         da = torch.empty_like(hidden)
-        products.mm(rows[mine], w.w2[e], da)
-        dh, dup, _, dgate[mine], a = torch.ops.dsmoe.expert_act_backward(
-            da, hidden, kind, upper, None, None, row_gates[mine], dw is not None
+        products.mm(mine, w2, da)
+        dh, dup, _, found, a = torch.ops.dsmoe.expert_act_backward(
+            da, hidden, kind, upper, None, None, gates, dweights is not None
         )
-        if dw is not None:
-            products.mm(rows[mine].mT, a, dw[1])
+        dgate.append(found)
+        if dweights is not None:
+            products.mm(mine.mT, a, dw[1])
             products.mm(dh.mT, tokens, dw[0])
             if swiglu:
                 products.mm(dup.mT, tokens, dw[2])
             else:
                 dw[2][0, : dh.shape[1]] = dh.sum(0)
-        products.mm(dh, w.w1[e], rows[mine])
+        products.mm(dh, w1, mine)
         if swiglu:
-            products.addmm(rows[mine], dup, w.w3[e], rows[mine])
+            products.addmm(mine, dup, w3, mine)
         del tokens, hidden, upper, da, dh, dup, a  # before the next expert's are made
-    return dgate
+    return torch.cat(dgate) if dgate else torch.empty_like(row_gates)
+
+
+def _split(rows: Tensor | None, sizes: list[int], there: bool) -> Sequence[Tensor | None]:
+    """Each expert's rows, or a None for each."""
+    return rows.split(sizes) if there else (None,) * len(sizes)
 
 
 def _first_products(tokens: Tensor, w1: Tensor, w3: Tensor, swiglu: bool) -> tuple[Tensor, Tensor | None]:
