@@ -56,7 +56,7 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        kind, _, stage, accumulation, recompute, _, _, size = row["cell"]
+        kind, _, stage, accumulation, recompute, _, _, size, *_ = row["cell"]
         figures = " | ".join(figure(row[name]) for name in BOUNDS)
         variant = names[accumulation, recompute]
         lines.append(f"| {size} | {stage} | {KINDS[kind]} | {variant} | {figures} | {row['flips']} |")

@@ -54,7 +54,7 @@ BOUNDS = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_layout_trains_as_one_process(world, subtests):
+def test_every_layout_trains_as_one_process(world, subtests, monkeypatch):
     wanted = CELLS + EXPERT_PARALLEL * (world > 1)
     results = launch([SCRIPT, json.dumps(wanted)], world, timeout=240, preloaded=True)
     assert_succeeded(results)
@@ -63,6 +63,13 @@ def test_every_layout_trains_as_one_process(world, subtests):
     for cell in cells:
         with subtests.test(world=world, cell=cell["cell"]):
             check_cell(cell, world)
+    monkeypatch.syspath_prepend(SCRIPT.parents[1] / "full")
+    from expert_parallel import KINDS, VARIANTS, table  # what make test-full shows of such cells
+
+    ways = {variant[1:] for variant in VARIANTS.values()}
+    shown = [c for c in cells if c["cell"][0] in KINDS and tuple(c["cell"][3:5]) in ways]
+    with subtests.test("the long table reads these cells"):
+        assert len(table(shown).splitlines()) == 2 + len(shown) > 2
 
 
 def check_cell(cell, world):
