@@ -138,10 +138,16 @@ def test_recomputed_experts_are_there_for_one_block_only(compiled, spread):
     ]
     blocks, experts, nothing = (found.phases["backward begins"]["activations"] for found in ways)
     assert blocks < experts < nothing
-    rows, hidden = 8 * 256 * 2, mine.spec.mlp_hidden
-    inside = {(False, 1): 4 * hidden + 1024, (False, 8): 4 * hidden, (True, 1): 2 * hidden, (True, 8): 3 * hidden}
-    # Without expert parallelism the reference makes the rows themselves again.
-    assert nothing - experts == 23 * 2 * rows * inside[compiled, spread]
+    tokens, hidden, shared = 8 * 256, mine.spec.mlp_hidden, mine.spec.shared_hidden
+    # Elements a token, of two choices. Without expert parallelism the shared expert is inside, and the reference makes
+    # the rows themselves again.
+    inside = {
+        (False, 1): 2 * (4 * hidden + 1024) + 4 * shared,
+        (False, 8): 2 * 4 * hidden,
+        (True, 1): 2 * 2 * hidden + 2 * shared,
+        (True, 8): 2 * 3 * hidden,
+    }
+    assert nothing - experts == 23 * 2 * tokens * inside[compiled, spread]
 
 
 def test_the_compiled_block_makes_all_gradients_of_a_layers_experts_at_once():
