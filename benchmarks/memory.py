@@ -350,10 +350,11 @@ def document(rows: list[dict]) -> str:
     import torch
 
     inside = sum(map(_holds, rows))
+    left_out = [c.name for c in CONFIGURATIONS if c.name not in {row["name"] for row in rows}]
     return DOCUMENT.format(
         date=date.today(), commits=", ".join(sorted({row["commit"] for row in rows})), python=platform.python_version(),
         torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine(), steps=STEPS, table=table(rows),
-        inside=inside, count=len(rows), buckets=", ".join(f"{k} {v:,}" for k, v in asdict(BUCKETS).items()),
+        inside=inside, count=len(rows), left_out=f"\nNot run this time: {'; '.join(left_out)}.\n" if left_out else "", buckets=", ".join(f"{k} {v:,}" for k, v in asdict(BUCKETS).items()),
         settings=", ".join(f"{k}={v}" for k, v in (MALLOC | ONEDNN).items()),
     )  # fmt: skip
 
@@ -366,7 +367,7 @@ Python {python}, torch {torch}, {machine}, {cores} CPU cores.
 {inside} of {count} configurations are within 10 % or 100 MB.
 
 {table}
-
+{left_out}
 Each row is a run of {steps} optimizer steps through the real engine, of models over 100 M parameters, latents 4x16x16
 (64 tokens), AdamW with clipping; x2 is two micro-steps. Measured: peak resident set (VmHWM) less the resident set after
 imports, of the fullest rank, MB of 10^6 bytes. Predicted: `base.memory.rank_memory(..., resident=True)`, written down
