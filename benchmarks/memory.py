@@ -351,10 +351,11 @@ def document(rows: list[dict]) -> str:
 
     inside = sum(map(_holds, rows))
     left_out = [c.name for c in CONFIGURATIONS if c.name not in {row["name"] for row in rows}]
+    missing = f"\nNot run this time: {'; '.join(left_out)}.\n" if left_out else ""
     return DOCUMENT.format(
         date=date.today(), commits=", ".join(sorted({row["commit"] for row in rows})), python=platform.python_version(),
         torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine(), steps=STEPS, table=table(rows),
-        inside=inside, count=len(rows), left_out=f"\nNot run this time: {'; '.join(left_out)}.\n" if left_out else "", buckets=", ".join(f"{k} {v:,}" for k, v in asdict(BUCKETS).items()),
+        inside=inside, count=len(rows), left_out=missing, buckets=", ".join(f"{k} {v:,}" for k, v in asdict(BUCKETS).items()),
         settings=", ".join(f"{k}={v}" for k, v in (MALLOC | ONEDNN).items()),
     )  # fmt: skip
 
