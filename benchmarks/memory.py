@@ -355,7 +355,8 @@ def document(rows: list[dict]) -> str:
     return DOCUMENT.format(
         date=date.today(), commits=", ".join(sorted({row["commit"] for row in rows})), python=platform.python_version(),
         torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine(), steps=STEPS, table=table(rows),
-        inside=inside, count=len(rows), left_out=missing, buckets=", ".join(f"{k} {v:,}" for k, v in asdict(BUCKETS).items()),
+        inside=inside, count=len(rows), left_out=missing,
+        buckets=", ".join(f"{k} {v:,}" for k, v in asdict(BUCKETS).items()),
         settings=", ".join(f"{k}={v}" for k, v in (MALLOC | ONEDNN).items()),
     )  # fmt: skip
 
