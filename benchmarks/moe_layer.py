@@ -1,15 +1,17 @@
 """One MoE layer, forward and backward: ours against what one would use instead, paired in one run.
 
     python benchmarks/moe_layer.py [--device cpu|cuda] [--dims 64 128 384] [--tokens 512 2048]
-        [--dtypes float32 bfloat16] [--rounds 15] [--threads 1] [--no-memory] [--write benchmarks/results/NAME]
+        [--dtypes float32 bfloat16] [--rounds 7] [--processes 3] [--threads 1] [--no-memory]
+        [--write benchmarks/results/NAME]
 
 Eight SwiGLU experts of hidden size 4D, two choices a token, a shared expert of 2D. Ours is dsmoe.moe.MoE as it trains,
 with its balance losses and statistics, which the rivals do not compute. In a round every layer runs once, in an order
-that turns from round to round; a ratio is rival / ours within one round, so above 1 ours is faster. On a CPU time is
-the processor time of the process, which other programs on the machine disturb less than the clock on the wall; on a
-GPU it is the wall's. Results are compared before anything is timed. Peak memory is of a process of its own: the highest
-resident set during one forward and backward, less that before it, with oneDNN's cache of compiled products off for
-every layer alike.
+that turns from round to round; a ratio is rival / ours within one round, so above 1 ours is faster. The rounds of
+several processes are taken together: where a process happens to have its memory moves a small layer's ratio by 5 %.
+On a CPU time is the processor time of the process, which other programs on the machine disturb less than the clock on
+the wall; on a GPU it is the wall's. Results are compared before anything is timed. Peak memory is of a process of its
+own: the highest resident set during one forward and backward, less that before it, with oneDNN's cache of compiled
+products off for every layer alike.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,23 +57,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--layers", nargs="+", default=list(RIVALS), help="the rivals")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7, help="in each process")
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--write", type=Path, help="write NAME.json and NAME.md; cells of an existing one are kept")
-    parser.add_argument("--peak", help="one memory cell as JSON: what the process of its own runs")
+    parser.add_argument("--peak", help="one memory cell as JSON: what a process of its own runs")
+    parser.add_argument("--cell", help="the same of a cell's time")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     if given.peak:
-        print("PEAK", peak(**json.loads(given.peak)))
+        print("FOUND", json.dumps(peak(**json.loads(given.peak))))
         return 0
-    single_process()
+    if given.cell:
+        single_process()
+        print("FOUND", json.dumps(measure(json.loads(given.cell), given.layers, given.rounds)))
+        return 0
     found = _load(given.write)
     for dtype in given.dtypes:
         for dim in given.dims:
             for tokens in given.tokens:
                 key = {"device": given.device, "dtype": dtype, "dim": dim, "tokens": tokens, "threads": given.threads}
-                cell = measure(key, given.layers, given.rounds)
+                cell = pooled(key, given.layers, given.rounds, given.processes)
                 if not given.no_memory and given.device == "cpu":
                     cell["peak_mib"] = {name: _peak_of(key, name) for name in (OURS, *given.layers)}
                 found = [c for c in found if any(c[k] != v for k, v in key.items())] + [cell]
@@ -113,6 +121,14 @@ def measure(key: dict, names: list[str], rounds: int) -> dict:
     return {**key, "agreed": agreed, "seconds": seconds, "rounds": rounds}
 
 
+def pooled(key: dict, names: list[str], rounds: int, processes: int) -> dict:
+    """A cell measured in several processes, one after the other."""
+    own = ["--cell", json.dumps(key), "--layers", *names, "--rounds", str(rounds)]
+    parts = [_in_a_process(key, own, dict(os.environ)) for _ in range(processes)]
+    seconds = {name: [s for part in parts for s in part["seconds"][name]] for name in parts[0]["seconds"]}
+    return {**parts[0], "seconds": seconds, "rounds": rounds, "processes": processes, "commit": _commit()}
+
+
 def step(layer: torch.nn.Module, name: str, x: torch.Tensor, grad: torch.Tensor, device: str) -> float:
     """Seconds of a forward and backward pass, gradients of input and parameters made anew."""
     layer.zero_grad(set_to_none=True)
@@ -145,11 +161,20 @@ def peak(dim: int, tokens: int, dtype: str, name: str, **_: object) -> float:
 
 
 def _peak_of(key: dict, name: str) -> float:
-    cell = json.dumps({**key, "name": name})
-    command = [sys.executable, __file__, "--threads", str(key["threads"]), "--peak", cell]
-    quiet = {**os.environ, **QUIET}
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=quiet).stdout
-    return round(float(next(line.split()[1] for line in shown.splitlines() if line.startswith("PEAK"))), 1)
+    return round(_in_a_process(key, ["--peak", json.dumps({**key, "name": name})], {**os.environ, **QUIET}), 1)
+
+
+def _in_a_process(key: dict, own: list[str], environment: dict[str, str]) -> Any:
+    """What this script finds when started with these arguments."""
+    command = [sys.executable, __file__, "--threads", str(key["threads"]), *own]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("FOUND "))[6:])
+
+
+def _commit() -> str:
+    """The checkout's commit, marked when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _status(field: str) -> int:
@@ -222,6 +247,7 @@ def _write(name: Path | None, cells: list[dict]) -> None:
         "",
         f"`python benchmarks/moe_layer.py`, {platform.processor() or platform.machine()} ({_cpu()}), torch "
         f"{torch.__version__}, threads {sorted({c['threads'] for c in cells})}. Compiled operations: {ops.kernels()}.",
+        f"Commit {', '.join(sorted({c['commit'] for c in cells}))}.",
         "Ratios are rival / ours within a round: median (quartiles); above 1 ours is faster; bold: the fastest rival.",
         f"Memory: peak of one pass in MiB, in the order {', '.join((OURS, *RIVALS))}.",
         "",
