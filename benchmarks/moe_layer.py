@@ -15,6 +15,8 @@ products off for every layer alike.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -154,6 +156,8 @@ def peak(dim: int, tokens: int, dtype: str, name: str, **_: object) -> float:
     step(layers[name], name, small, small_grad, "cpu")  # libraries loaded, their buffers made
     layers[name].zero_grad(set_to_none=True)
     x, grad = inputs({"dim": dim, "tokens": tokens, "dtype": dtype, "device": "cpu"})
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else pages that the small step freed are there already and count for nothing
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident set
     before = _status("VmRSS")
     step(layers[name], name, x, grad, "cpu")

@@ -120,8 +120,10 @@ def backward_glu(
     )
     dshared, *dw_shared = None, *parts.no_gradients(x, 3)
     if has_shared:
-        shared_a = of_shared[2] if again else shared_a
-        dshared, *dw_shared = parts.shared_weights_backward(dsum, x, w, *of_shared[:2], shared_a, weights)
+        if not again:
+            of_shared[2] = shared_a
+        shared_a = None
+        dshared, *dw_shared = parts.shared_weights_backward(dsum, x, w, of_shared, weights)
     dweights = parts.no_gradients(x, 3)
     if weights:
         dw2 = outer_products(dyr, made if again else a, to.counts)

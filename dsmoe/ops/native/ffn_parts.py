@@ -140,23 +140,31 @@ def shared_backward(
     da = torch.empty_like(h)
     products.mm(dsum, w.s2, da)
     dh, dup, _, _, a = torch.ops.dsmoe.expert_act_backward(da, h, SWIGLU, up, None, None, None, weights)
-    del da
-    return shared_weights_backward(dsum, x, w, dh, dup, a, weights)
+    made = [dh, dup, a]
+    del da, dh, dup, a
+    return shared_weights_backward(dsum, x, w, made, weights)
 
 
 def shared_weights_backward(
-    dsum: Tensor, x: Tensor, w: Weights, dh: Tensor, dup: Tensor, a: Tensor, weights: bool
+    dsum: Tensor, x: Tensor, w: Weights, made: list[Tensor | None], weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As shared_backward, from the gradients of the first products and the activation `a`."""
-    made = [torch.empty_like(s) if weights else x.new_empty(0) for s in (w.s1, w.s2, w.s3)]
+    """As shared_backward, from `made`: the gradients of the first products and the activation. The list is emptied, so
+    that each is freed after its last use."""
+    ds1, ds2, ds3 = (torch.empty_like(s) if weights else x.new_empty(0) for s in (w.s1, w.s2, w.s3))
+    a = made.pop()
     if weights:
-        products.mm(dh.mT, x, made[0])
-        products.mm(dsum.mT, a, made[1])
-        products.mm(dup.mT, x, made[2])
+        products.mm(dsum.mT, a, ds2)
+    del a
+    dup, dh = made.pop(), made.pop()
+    if weights:
+        products.mm(dh.mT, x, ds1)
     dx = torch.empty_like(x)
     products.mm(dh, w.s1, dx)
+    del dh
     products.addmm(dx, dup, w.s3, dx)
-    return dx, *made
+    if weights:
+        products.mm(dup.mT, x, ds3)
+    return dx, ds1, ds2, ds3
 
 
 def no_gradients(like: Tensor, count: int) -> tuple[Tensor, ...]:
