@@ -87,7 +87,7 @@ class Experts(nn.Module):
         """
         weights = (self.w1, self.w2, self.w3)
         if routing is None:
-            return ops.expert_rows(x, counts, *weights, self.kind, recompute=self.recompute)
+            return ops.expert_rows(x, counts, weights, self.kind, recompute=self.recompute)
         end = (end or End())._asdict()
         matrices = None if shared is None else shared.matrices()
-        return ops.moe_ffn(x, routing, *weights, self.kind, shared=matrices, **end, recompute=self.recompute)
+        return ops.moe_ffn(x, routing, weights, self.kind, shared=matrices, **end, recompute=self.recompute)

@@ -17,6 +17,7 @@ from dsmoe.base.errors import ConfigError, choose_from
 from dsmoe.ops import megatron, native, sizes
 from dsmoe.ops.dispatch import Implementation, Op, set_preferred, use
 from dsmoe.ops.reference import activation, ffn, grouped, modulation, routing, rows
+from dsmoe.ops.reference.ffn import Matrices
 from dsmoe.ops.reference.routing import Routing
 
 __all__ = [
@@ -224,37 +225,33 @@ def add_expert_bias(rows: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
 def moe_ffn(
     x: Tensor,
     routing: Routing,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
+    weights: Matrices,
     kind: str,
     *,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    shared: Matrices | None = None,
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """The experts as one operation: sum_j gates[n,j] * E_{indices[n,j]}(x[n]) + S(x[n]), [N,D] in the dtype of x.
 
-    w1, w2, w3: the stacks of moe.experts.Experts, of `kind` "swiglu" or "gelu". shared: matrices (s1 [Fs,D], s2 [D,Fs],
-    s3 [Fs,D]) of an expert that all tokens pass, S(x) = s2 (silu(s1 x) * s3 x); on a GPU it runs beside the routed
-    ones. ada_gate [B,D] and residual [N,D] end it as in sum_rows. All of the sum is in float32, rounded once.
+    weights: the stacks (w1, w2, w3) of moe.experts.Experts, of `kind` "swiglu" or "gelu". shared: matrices (s1 [Fs,D],
+    s2 [D,Fs], s3 [Fs,D]) of an expert that all tokens pass, S(x) = s2 (silu(s1 x) * s3 x); on a GPU it runs beside the
+    routed ones. ada_gate [B,D] and residual [N,D] end it as in sum_rows. All of the sum is in float32, rounded once.
     recompute: keep x alone for the backward pass and compute the first products again there, instead of keeping theirs
     (R x F elements, twice that for "swiglu"; of the shared expert 2 N x Fs). The reference keeps the routed experts'
     results too and computes all anew.
     """
-    return _OPS["moe_ffn"](x, routing, w1, w2, w3, kind, shared, residual, ada_gate, recompute)
+    return _OPS["moe_ffn"](x, routing, weights, kind, shared, residual, ada_gate, recompute)
 
 
-def expert_rows(
-    rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str, *, recompute: bool = False
-) -> Tensor:
+def expert_rows(rows: Tensor, counts: Tensor, weights: Matrices, kind: str, *, recompute: bool = False) -> Tensor:
     """rows[R,D], the first counts[0] for expert 0 and so on, through their experts: [R,D], without gates or sum.
 
     Weights as for moe_ffn. What expert parallelism calls between its two exchanges. recompute: keep `rows` alone for
     the backward pass and compute everything again there.
     """
-    return _OPS["expert_rows"](rows, counts, w1, w2, w3, kind, recompute)
+    return _OPS["expert_rows"](rows, counts, weights, kind, recompute)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

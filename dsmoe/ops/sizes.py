@@ -6,6 +6,7 @@ Arguments are those that an implementation of the operation gets. `matrices`: of
 
 from torch import Tensor
 
+from dsmoe.ops.reference.ffn import Matrices
 from dsmoe.ops.reference.routing import Routing
 from dsmoe.ops.tuning import bucket
 
@@ -38,17 +39,10 @@ def modulate(x: Tensor, *_: object) -> Pairs:
 
 
 def moe_ffn(
-    x: Tensor,
-    routing: Routing,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    kind: str,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
-    *_: object,
+    x: Tensor, routing: Routing, weights: Matrices, kind: str, shared: Matrices | None = None, *_: object
 ) -> Pairs:
     """Tokens, D, F, the shared expert's F (0: none), experts, choices, the kind; with and without `recompute` alike."""
-    experts, hidden, dim = w1.shape
+    experts, hidden, dim = weights[0].shape
     return (
         ("tokens", bucket(x.shape[0])),
         ("dim", dim),

@@ -115,6 +115,6 @@ def _moe_ffn(draw: Callable[..., Tensor], to: ops.Routing, spec: ModelSpec) -> C
     def arguments(given: Mapping[str, Tensor]) -> tuple:
         weights = (given["w1"], given["w2"], given["w3"])
         shared = (given["s1"], given["s2"], given["s3"]) if spec.shared_hidden else None
-        return (given["x"], to._replace(gates=given["gates"]), *weights, spec.expert_kind, shared)
+        return (given["x"], to._replace(gates=given["gates"]), weights, spec.expert_kind, shared)
 
     return Case("moe_ffn", inputs, arguments)

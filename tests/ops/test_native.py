@@ -14,7 +14,7 @@ from op_inputs import random, routed
 from dsmoe import ops
 from dsmoe.ops import native
 from dsmoe.ops.native import ffn_by_expert, ffn_grouped
-from dsmoe.ops.native.ffn_parts import Kept, Places, Weights
+from dsmoe.ops.native.ffn_parts import End, Kept, Places, Weights
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # tokens, experts, choices, dim: nothing, one, fewer than a vector, ragged dims, several units, many.
@@ -219,9 +219,10 @@ def test_moe_ffn(shape, kind, recompute, end, dtype, compiled):
         sizes = {"s1": (f + 3, d), "s2": (d, f + 3), "s3": (f + 3, d)}
         inputs |= {name: random(*sizes[name], dtype=dtype, seed=i) / d**0.5 for i, name in enumerate(sizes, start=30)}
 
-    def function(x, gates, s1=None, s2=None, s3=None, **given):
+    def function(x, gates, w1, w2, w3, s1=None, s2=None, s3=None, **given):
         shared = None if s1 is None else (s1, s2, s3)
-        return ops.moe_ffn(x, r._replace(gates=gates), **given, kind=kind, shared=shared, recompute=recompute)
+        to = r._replace(gates=gates)
+        return ops.moe_ffn(x, to, (w1, w2, w3), kind, shared=shared, **given, recompute=recompute)
 
     assert_right(function, inputs, [random(n, d, dtype=dtype, seed=8)])
 
@@ -239,10 +240,9 @@ def test_the_gpu_compositions_of_the_block_give_the_same(kind, variant, weights,
     sizes = ((4, 32, 24), (4, 24, 32), third, *(((20, 24), (24, 20), (20, 24)) if rest else ()))
     given = [random(*size, seed=i) for i, size in enumerate(sizes)] + [None] * (0 if rest else 3)
     residual, ada_gate = (random(90, 24, seed=7), random(3, 24, seed=8)) if rest else (None, None)
-    before, how = (x, to, Weights(*given), residual, ada_gate), (keep, rest)
-    one = ffn_by_expert.forward(*before, code, *how)
-    glu = variant == "glu"
-    all_ = (ffn_grouped.forward_glu if glu else ffn_grouped.forward)(*before, *(() if glu else (code,)), *how)
+    before, glu = (x, to, Weights(*given), End(residual, ada_gate, rest)), variant == "glu"
+    one = ffn_by_expert.forward(*before, code, keep)
+    all_ = ffn_grouped.forward_glu(*before, keep) if glu else ffn_grouped.forward(*before, code, keep)
     torch.testing.assert_close(all_[0], one[0])
     torch.testing.assert_close(all_[5], one[5])
 
@@ -275,7 +275,7 @@ def test_other_dtypes_run_the_reference_with_the_same_result(dtype, implementati
         return (
             *routing, ops.gather_rows(x, r.order, r.position), ops.sum_rows(h, r.order, r.position, r.gates),
             ops.expert_act(h, "swiglu", h), ops.modulate(x.view(2, 10, 12), shift, shift),
-            ops.moe_ffn(x, r, *stacks, "swiglu"),
+            ops.moe_ffn(x, r, stacks, "swiglu"),
         )  # fmt: skip
 
     found = everything()

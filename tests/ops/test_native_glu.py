@@ -104,7 +104,7 @@ def test_moe_ffn(shape, shared, recompute, dtype, glu_variant):
 
     def function(x, gates, w1, w2, w3, *matrices):
         beside = matrices or None
-        return ops.moe_ffn(x, r._replace(gates=gates), w1, w2, w3, "swiglu", shared=beside, recompute=recompute)
+        return ops.moe_ffn(x, r._replace(gates=gates), (w1, w2, w3), "swiglu", shared=beside, recompute=recompute)
 
     assert_right(lambda **given: function(*given.values()), inputs, [random(n, d, dtype=dtype, seed=8)])
     assert glu_variant == ["grouped_glu", *(["grouped_glu"] if recompute else []), "grouped_dglu"]
@@ -116,7 +116,7 @@ def test_frozen_experts_get_no_gradient_and_change_nothing_else(glu_variant):
     for frozen in (False, True):
         x = random(50, 24).requires_grad_()
         leaves = [w.clone().requires_grad_(not frozen) for w in weights]
-        ops.moe_ffn(x, r, *leaves, "swiglu").square().sum().backward()
+        ops.moe_ffn(x, r, leaves, "swiglu").square().sum().backward()
         results.append(x.grad)
         assert all((w.grad is None) == frozen for w in leaves)
     assert torch.equal(*results)
@@ -125,14 +125,14 @@ def test_frozen_experts_get_no_gradient_and_change_nothing_else(glu_variant):
 def test_which_variants_there_are(glu_variant):
     r, w, w3 = routed(10, 4, 2), random(4, 8, 8), random(4, 1, 16)
     with ops.use("native"):
-        by_library = ops.moe_ffn(random(10, 8), r, w, w, w3, "gelu")
-    assert torch.equal(ops.moe_ffn(random(10, 8), r, w, w, w3, "gelu"), by_library)
+        by_library = ops.moe_ffn(random(10, 8), r, (w, w, w3), "gelu")
+    assert torch.equal(ops.moe_ffn(random(10, 8), r, (w, w, w3), "gelu"), by_library)
     assert not glu_variant, "GELU experts know the library's products alone"
     places = (r.gates, r.indices, r.order, r.position, r.counts, r.ends)
     with pytest.raises(ValueError, match='"glu" those of swiglu'):
-        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, *(None,) * 5, 1, "glu", True, False)
+        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, *(None,) * 5, False, 1, "glu", True)
     with pytest.raises(ValueError, match="variant 'fast'"):
-        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w, *(None,) * 5, 0, "fast", True, False)
+        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w, *(None,) * 5, False, 0, "fast", True)
 
 
 @DTYPES
@@ -153,7 +153,7 @@ def test_opcheck(dtype):
                            leaf(20, 24, seed=1), False)),
         (op.moe_ffn, (leaf(20, d).requires_grad_(), *places, *stacks[:1], leaf(4, d, f).requires_grad_(), stacks[1],
                       leaf(24, d).requires_grad_(), leaf(d, 24), leaf(24, d), leaf(20, d),
-                      leaf(5, d).requires_grad_(), 0, ffn.GLU, True, True)),
+                      leaf(5, d).requires_grad_(), True, 0, ffn.GLU, True)),
     ]  # fmt: skip
     for packet, arguments in calls:
         torch.library.opcheck(packet.default, arguments)

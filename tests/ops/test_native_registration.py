@@ -41,12 +41,12 @@ def test_opcheck(dtype):
     calls += [
         (op.moe_ffn, (*places, *weights, *how))
         for weights, how in (
-            ((*swiglu, *alone), (None, None, 0, library, True, False)),
-            ((*swiglu, *shared), (None, None, 0, library, True, False)),
-            ((*gelu, *alone), (None, None, 1, library, False, False)),
-            ((*swiglu, *shared), (*ends, 0, library, True, True)),
-            ((*swiglu, *shared), (*ends, 0, ffn.GLU, False, True)),
-            ((*gelu, *shared), (*ends, 1, library, False, True)),
+            ((*swiglu, *alone), (None, None, False, 0, library, True)),
+            ((*swiglu, *shared), (None, None, False, 0, library, True)),
+            ((*gelu, *alone), (None, None, False, 1, library, False)),
+            ((*swiglu, *shared), (*ends, True, 0, library, True)),
+            ((*swiglu, *shared), (*ends, True, 0, ffn.GLU, False)),
+            ((*gelu, *shared), (*ends, True, 1, library, False)),
         )
     ]
     for packet, arguments in calls:
@@ -62,7 +62,7 @@ def test_a_second_derivative_is_refused():
         "sum_rows": lambda: ops.sum_rows(x, r.order, r.position, r.gates.detach().requires_grad_()),
         "modulate": lambda: ops.modulate(x[None], up[:1], up[1:2]),
         "route": lambda: ops.route(x, up, 2, False).probs,
-        "moe_ffn": lambda: ops.moe_ffn(x, routed(8, 1, 1), up[None], up[None], up[None], "swiglu"),
+        "moe_ffn": lambda: ops.moe_ffn(x, routed(8, 1, 1), (up[None],) * 3, "swiglu"),
     }
     for name, call in calls.items():
         (gradient,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)

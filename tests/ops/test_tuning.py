@@ -209,8 +209,8 @@ def test_sizes_are_those_of_the_calls():
     assert sizes.expert_act(rows, "gelu") == (("rows", 128), ("hidden", 8), ("matrices", 2))
     assert sizes.modulate(x.view(5, 8, 8), x[:5], x[:5]) == (("tokens", 64), ("dim", 8))
     shared = (torch.zeros(6, 8),) * 3
-    assert dict(sizes.moe_ffn(x, r, *stacks, "swiglu", shared))["shared"] == 6
-    assert dict(sizes.moe_ffn(x, r, *stacks, "swiglu")) == {
+    assert dict(sizes.moe_ffn(x, r, stacks, "swiglu", shared))["shared"] == 6
+    assert dict(sizes.moe_ffn(x, r, stacks, "swiglu")) == {
         "tokens": 64, "dim": 8, "hidden": 16, "shared": 0, "experts": 4, "k": 2, "matrices": 3,
     }  # fmt: skip
 

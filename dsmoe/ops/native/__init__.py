@@ -11,6 +11,7 @@ from dsmoe.ops.native import ffn, glu, library
 from dsmoe.ops.native.registration import register
 from dsmoe.ops.reference import activation, modulation, routing, rows
 from dsmoe.ops.reference import ffn as composed
+from dsmoe.ops.reference.ffn import Matrices
 from dsmoe.ops.reference.routing import Routing
 
 LIBRARY = library.load()
@@ -84,11 +85,9 @@ def expert_act(
 def moe_ffn(
     x: Tensor,
     routing: Routing,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
+    weights: Matrices,
     kind: str,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    shared: Matrices | None = None,
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
@@ -96,13 +95,13 @@ def moe_ffn(
     variant: str = ffn.LIBRARY,
 ) -> Tensor:
     """See dsmoe.ops.moe_ffn. variant: of the products, see ffn; experts of "gelu" know the library's alone."""
-    beside = [t for t in (w1, w2, w3, *(shared or ()), residual, ada_gate) if t is not None]
-    widest = max(x.shape[1], w1.shape[1], shared[0].shape[0] if shared else 0)
+    beside = [t for t in (*weights, *(shared or ()), residual, ada_gate) if t is not None]
+    widest = max(x.shape[1], weights[0].shape[1], shared[0].shape[0] if shared else 0)
     covered = _covers(x, *beside) and routing.gates.dtype == torch.float32
     if not covered or (x.device.type != "cpu" and widest > _GPU_WIDTH):
-        return composed.moe_ffn(x, routing, w1, w2, w3, kind, shared, residual, ada_gate, recompute)
+        return composed.moe_ffn(x, routing, weights, kind, shared, residual, ada_gate, recompute)
     variant = variant if kind == "swiglu" else ffn.LIBRARY
-    return ffn.call(x, routing, (w1, w2, w3), shared, _KINDS[kind], residual, ada_gate, recompute, variant)
+    return ffn.call(x, routing, weights, shared, _KINDS[kind], residual, ada_gate, recompute, variant)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dsmoe.ops.native import ffn_by_expert, ffn_grouped
-from dsmoe.ops.native.ffn_parts import SWIGLU, Kept, Places, Weights
+from dsmoe.ops.native.ffn_parts import SWIGLU, End, Kept, Places, Weights
 from dsmoe.ops.native.registration import refuse_gradient
+from dsmoe.ops.reference.ffn import Matrices
 from dsmoe.ops.reference.routing import Routing
 
 LIBRARY, GLU = "library", "glu"
@@ -27,7 +28,7 @@ _PLACES = "Tensor x, Tensor gates, Tensor indices, Tensor order, Tensor position
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor w3, Tensor? s1, Tensor? s2, Tensor? s3"
 _KEPT = "Tensor? h, Tensor? up, Tensor? shared_h, Tensor? shared_up, Tensor? branch"
 # Arguments of each group; the tokens stand before the places, and the backward's dy before them.
-_N_PLACES, _N_WEIGHTS, _N_KEPT = len(Places._fields), len(Weights._fields), len(Kept._fields)
+_N_PLACES, _N_WEIGHTS, _N_END, _N_KEPT = (len(group._fields) for group in (Places, Weights, End, Kept))
 
 
 def declare() -> None:
@@ -35,8 +36,8 @@ def declare() -> None:
     define, implement = torch.library.define, torch.library.impl
     define(
         "dsmoe::moe_ffn",
-        f"({_PLACES}, {_WEIGHTS}, Tensor? residual, Tensor? ada_gate, int kind, str variant, bool keep, "
-        "bool keep_branch) -> (Tensor y, Tensor h, Tensor up, Tensor shared_h, Tensor shared_up, Tensor branch)",
+        f"({_PLACES}, {_WEIGHTS}, Tensor? residual, Tensor? ada_gate, bool keep_branch, int kind, "
+        "str variant, bool keep) -> (Tensor y, Tensor h, Tensor up, Tensor shared_h, Tensor shared_up, Tensor branch)",
     )
     define(
         "dsmoe::moe_ffn_backward",
@@ -56,8 +57,8 @@ def declare() -> None:
 def call(
     x: Tensor,
     to: Routing,
-    weights: tuple[Tensor, Tensor, Tensor],
-    shared: tuple[Tensor, Tensor, Tensor] | None,
+    weights: Matrices,
+    shared: Matrices | None,
     kind: int,
     residual: Tensor | None,
     ada_gate: Tensor | None,
@@ -68,8 +69,8 @@ def call(
     keep = torch.is_grad_enabled() and not recompute
     places = (to.gates, to.indices, to.order, to.position, to.counts, to.ends)
     keep_branch = ada_gate is not None and ada_gate.requires_grad and torch.is_grad_enabled()
-    given = (*weights, *(shared or (None, None, None)), residual, ada_gate)
-    return torch.ops.dsmoe.moe_ffn(x, *places, *given, kind, variant, keep, keep_branch)[0]
+    w, end = Weights(*weights, *(shared or (None, None, None))), End(residual, ada_gate, keep_branch)
+    return torch.ops.dsmoe.moe_ffn(x, *places, *w, *end, kind, variant, keep)[0]
 
 
 # ---- the operation's flat arguments, in groups; the implementation by variant
@@ -77,10 +78,11 @@ def call(
 
 def _forward(library: Callable) -> Callable:
     def run(x, *flat):
-        to, w, (residual, ada_gate, kind, variant, keep, keep_branch) = _groups(flat)
+        to, w, rest = _groups(flat)
+        end, (kind, variant, keep) = End(*rest[:_N_END]), rest[_N_END:]
         if _is_glu(variant, kind):
-            return ffn_grouped.forward_glu(x, to, w, residual, ada_gate, keep, keep_branch)
-        return library(x, to, w, residual, ada_gate, kind, keep, keep_branch)
+            return ffn_grouped.forward_glu(x, to, w, end, keep)
+        return library(x, to, w, end, kind, keep)
 
     return run
 
@@ -114,7 +116,7 @@ def _is_glu(variant: str, kind: int) -> bool:
 
 def _save(ctx, inputs, output):
     x, *flat = inputs
-    to, w, (residual, ada_gate, ctx.kind, ctx.variant, keep, ctx.keep_branch) = _groups(flat)
+    to, w, (residual, ada_gate, ctx.keep_branch, ctx.kind, ctx.variant, keep) = _groups(flat)
     _, h, up, shared_h, shared_up, branch = output
     kept = Kept(
         h if keep else None,
@@ -142,7 +144,7 @@ def _gradient(ctx, dy, *_):
 
 
 def _fake(x, *flat):
-    to, w, (_, _, kind, _, keep, keep_branch) = _groups(flat)
+    to, w, (_, _, keep_branch, kind, _, keep) = _groups(flat)
     hidden = (to.order.shape[0], w.w1.shape[1]) if keep else (0,)
     beside = (x.shape[0], w.s1.shape[0]) if keep and w.s1 is not None else (0,)
     kept = (hidden, hidden if kind == SWIGLU else (0,), beside, beside, x.shape if keep_branch else (0,))

@@ -8,19 +8,10 @@ from torch import Tensor
 
 from dsmoe.ops import products
 from dsmoe.ops.native import ffn_parts as parts
-from dsmoe.ops.native.ffn_parts import SWIGLU, Kept, Places, Weights
+from dsmoe.ops.native.ffn_parts import SWIGLU, End, Kept, Places, Weights
 
 
-def forward(
-    x: Tensor,
-    to: Places,
-    w: Weights,
-    residual: Tensor | None,
-    ada_gate: Tensor | None,
-    kind: int,
-    keep: bool,
-    keep_branch: bool,
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, to: Places, w: Weights, end: End, kind: int, keep: bool) -> tuple[Tensor, ...]:
     """y [N, D] and what is kept, as ffn.py defines the operation."""
     swiglu, sizes = kind == SWIGLU, to.counts.tolist()
     rows = torch.ops.dsmoe.gather_rows(x, to.order, to.position)
@@ -50,7 +41,7 @@ def forward(
         del hidden, upper, a
     add, *firsts = (None, None, None) if w.s1 is None else parts.shared_forward(x, w)
     firsts = firsts if keep and w.s1 is not None else parts.no_gradients(x, 2)
-    y, branch = parts.finish(rows, to, add, residual, ada_gate, b2, keep_branch)
+    y, branch = parts.finish(rows, to, add, b2, end)
     return y, h, up, *firsts, branch
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsmoe.ops.native import ffn_parts as parts
-from dsmoe.ops.native.ffn_parts import SWIGLU, Kept, Places, Weights
+from dsmoe.ops.native.ffn_parts import SWIGLU, End, Kept, Places, Weights
 from dsmoe.ops.native.glu import grouped_dglu, grouped_glu
 from dsmoe.ops.reference.grouped import outer_products, rows_times_matrices
 from dsmoe.runtime.device import beside
@@ -13,16 +13,7 @@ from dsmoe.runtime.device import beside
 # ---- the library's products; the shared expert runs beside the routed ones
 
 
-def forward(
-    x: Tensor,
-    to: Places,
-    w: Weights,
-    residual: Tensor | None,
-    ada_gate: Tensor | None,
-    kind: int,
-    keep: bool,
-    keep_branch: bool,
-) -> tuple[Tensor, ...]:
+def forward(x: Tensor, to: Places, w: Weights, end: End, kind: int, keep: bool) -> tuple[Tensor, ...]:
     """y [N, D] and what is kept, as ffn.py defines the operation."""
     shared = None if w.s1 is None else beside(lambda x: parts.shared_forward(x, w), x)
     rows = torch.ops.dsmoe.gather_rows(x, to.order, to.position)
@@ -34,7 +25,7 @@ def forward(
     a = torch.ops.dsmoe.expert_act(h, kind, up, b1, to.ends, to.row_gates())
     rows = rows_times_matrices(a, w.w2.mT, to.counts)
     add, *firsts = (None,) if shared is None else shared.result()
-    y, branch = parts.finish(rows, to, add, residual, ada_gate, b2, keep_branch)
+    y, branch = parts.finish(rows, to, add, b2, end)
     if not keep:
         return y, *parts.no_gradients(x, 4), branch
     return y, h, x.new_empty(0) if up is None else up, *(firsts or parts.no_gradients(x, 2)), branch
@@ -82,20 +73,12 @@ def _first_products_backward(dh: Tensor, dup: Tensor | None, to: Places, w: Weig
 # ---- SwiGLU and the shared expert in the products
 
 
-def forward_glu(
-    x: Tensor,
-    to: Places,
-    w: Weights,
-    residual: Tensor | None,
-    ada_gate: Tensor | None,
-    keep: bool,
-    keep_branch: bool,
-) -> tuple[Tensor, ...]:
+def forward_glu(x: Tensor, to: Places, w: Weights, end: End, keep: bool) -> tuple[Tensor, ...]:
     """As forward, for SwiGLU experts."""
     a, h, up, shared_a, *firsts = _glu(x, to, w, keep)
     rows = rows_times_matrices(a, w.w2.mT, to.counts)
     add = None if w.s1 is None else parts.shared_second_product(shared_a, w)
-    y, branch = parts.finish(rows, to, add, residual, ada_gate, None, keep_branch)
+    y, branch = parts.finish(rows, to, add, None, end)
     return y, h, up, *firsts, branch
 
 

@@ -45,6 +45,15 @@ class Weights(NamedTuple):
         return self.w3[:, 0].split((self.w1.shape[1], self.w1.shape[2]), dim=-1)
 
 
+class End(NamedTuple):
+    """What becomes of the experts' sum: residual [N, D] + ada_gate [B, D] times it. keep_branch: the sum is handed out
+    too, for the gate's gradient."""
+
+    residual: Tensor | None
+    ada_gate: Tensor | None
+    keep_branch: bool
+
+
 class Kept(NamedTuple):
     """From forward to backward: first products of the routed experts [R, F] and of the shared one [N, Fs], None where
     they are to be computed again; the sum [N, D] before the adaLN gate, if the gate wants a gradient."""
@@ -60,16 +69,11 @@ class Kept(NamedTuple):
 
 
 def finish(
-    rows: Tensor,
-    to: Places,
-    add: Tensor | None,
-    residual: Tensor | None,
-    ada_gate: Tensor | None,
-    second_biases: Tensor | None,
-    keep_branch: bool,
+    rows: Tensor, to: Places, add: Tensor | None, second_biases: Tensor | None, end: End
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a token's rows, `add`, and gates times second biases [E, D]; times `ada_gate`, and `residual`. In float32,
-    rounded once. Also the sum before `ada_gate`, or nothing."""
+    """Sum of a token's rows, `add`, and gates times second biases [E, D], ended by `end`. In float32, rounded once.
+    Also the sum before the adaLN gate, or nothing."""
+    residual, ada_gate, keep_branch = end
     if second_biases is None:
         return torch.ops.dsmoe.sum_rows(rows, to.position, None, add, residual, ada_gate, False, keep_branch)
     total = torch.ops.dsmoe.sum_rows(rows, to.position, None, add, None, None, True, False)[0]

@@ -11,37 +11,36 @@ from dsmoe import ops  # still being imported at this point: this module stands 
 from dsmoe.ops.reference.routing import Routing
 from dsmoe.runtime.device import beside
 
+# An expert's, or a stack of each for all experts: first product, second, third (for "gelu" the biases).
+Matrices = tuple[Tensor, Tensor, Tensor]
+
 
 def moe_ffn(
     x: Tensor,
     routing: Routing,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
+    weights: Matrices,
     kind: str,
-    shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    shared: Matrices | None = None,
     residual: Tensor | None = None,
     ada_gate: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """See dsmoe.ops.moe_ffn."""
 
-    def routed(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    def routed(x: Tensor, *weights: Tensor) -> Tensor:
         rows = ops.gather_rows(x, routing.order, routing.position)
-        return _expert_rows(rows, routing.counts, w1, w2, w3, kind)
+        return _expert_rows(rows, routing.counts, *weights, kind)
 
     run = _again if recompute else _once
     add = beside(lambda x: run(_shared_expert, x, *shared) if shared else None, x)
-    rows = run(routed, x, w1, w2, w3)
+    rows = run(routed, x, *weights)
     to, end = (routing.order, routing.position, routing.gates), {"residual": residual, "ada_gate": ada_gate}
     return ops.sum_rows(rows, *to, add=add.result(), **end, narrow=True)
 
 
-def expert_rows(
-    rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str, recompute: bool = False
-) -> Tensor:
+def expert_rows(rows: Tensor, counts: Tensor, weights: Matrices, kind: str, recompute: bool = False) -> Tensor:
     """See dsmoe.ops.expert_rows."""
-    return (_again if recompute else _once)(_expert_rows, rows, counts, w1, w2, w3, kind)
+    return (_again if recompute else _once)(_expert_rows, rows, counts, *weights, kind)
 
 
 def _expert_rows(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kind: str) -> Tensor:
