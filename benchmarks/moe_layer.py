@@ -10,8 +10,9 @@ that turns from round to round; a ratio is rival / ours within one round, so abo
 several processes are taken together: where a process happens to have its memory moves a small layer's ratio by 5 %.
 On a CPU time is the processor time of the process, which other programs on the machine disturb less than the clock on
 the wall; on a GPU it is the wall's. Results are compared before anything is timed. Peak memory is of a process of its
-own: the highest resident set during one forward and backward, less that before it, with oneDNN's cache of compiled
-products off for every layer alike.
+own: the highest resident set during a second forward and backward, less that before it. So what the first left behind
+(code, the libraries' packing buffers) does not count, nor do oneDNN's compiled products, whose cache is off; for every
+layer alike.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
                 key = {"device": given.device, "dtype": dtype, "dim": dim, "tokens": tokens, "threads": given.threads}
                 cell = pooled(key, given.layers, given.rounds, given.processes)
                 if not given.no_memory and given.device == "cpu":
-                    cell["peak_mib"] = {name: _peak_of(key, name) for name in (OURS, *given.layers)}
+                    cell["peak_mib"] = {n: _peak_of(key, n, given.processes) for n in (OURS, *given.layers)}
                 found = [c for c in found if any(c[k] != v for k, v in key.items())] + [cell]
                 print(_row(cell), flush=True)
                 _write(given.write, found)
@@ -148,24 +149,26 @@ def step(layer: torch.nn.Module, name: str, x: torch.Tensor, grad: torch.Tensor,
 
 
 def peak(dim: int, tokens: int, dtype: str, name: str, **_: object) -> float:
-    """MiB by which the resident set rises above that before the step."""
+    """MiB by which the resident set rises above that before a second step."""
     if name == "DeepSpeed MoE":
         single_process()
     layers = build(dim, dtype, "cpu", [] if name == OURS else [name])
-    small, small_grad = inputs({"dim": dim, "tokens": 64, "dtype": dtype, "device": "cpu"})
-    step(layers[name], name, small, small_grad, "cpu")  # libraries loaded, their buffers made
-    layers[name].zero_grad(set_to_none=True)
     x, grad = inputs({"dim": dim, "tokens": tokens, "dtype": dtype, "device": "cpu"})
+    step(layers[name], name, x, grad, "cpu")
+    layers[name].zero_grad(set_to_none=True)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else pages that the small step freed are there already and count for nothing
+    ctypes.CDLL(None).malloc_trim(0)  # else pages that the first step freed are there already and count for nothing
     Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident set
     before = _status("VmRSS")
     step(layers[name], name, x, grad, "cpu")
     return (_status("VmHWM") - before) / 1024
 
 
-def _peak_of(key: dict, name: str) -> float:
-    return round(_in_a_process(key, ["--peak", json.dumps({**key, "name": name})], {**os.environ, **QUIET}), 1)
+def _peak_of(key: dict, name: str, processes: int) -> float:
+    """Median of several processes: where memory happens to lie moves a small layer's by a tenth."""
+    own = ["--peak", json.dumps({**key, "name": name})]
+    found = [_in_a_process(key, own, {**os.environ, **QUIET}) for _ in range(processes)]
+    return round(statistics.median(found), 2)
 
 
 def _in_a_process(key: dict, own: list[str], environment: dict[str, str]) -> Any:
@@ -237,7 +240,8 @@ def _row(cell: dict) -> str:
         mark = "**" if name == best_rival(cell) else ""
         parts.append(f"{mark}{middle:.2f}{mark} ({low:.2f}-{high:.2f})")
     memory = cell.get("peak_mib", {})
-    parts.append(" / ".join(f"{memory[n]:.0f}" if n in memory else "-" for n in (OURS, *RIVALS)))
+    parts.append(" / ".join(f"{memory[n]:.3g}" if n in memory else "-" for n in (OURS, *RIVALS)))
+    parts.append(f"{cell['rounds']} x {cell['processes']}")
     return "| " + " | ".join(parts) + " |"
 
 
@@ -255,8 +259,8 @@ def _write(name: Path | None, cells: list[dict]) -> None:
         "Ratios are rival / ours within a round: median (quartiles); above 1 ours is faster; bold: the fastest rival.",
         f"Memory: peak of one pass in MiB, in the order {', '.join((OURS, *RIVALS))}.",
         "",
-        "| dtype | D | tokens | ours, ms | " + " | ".join(RIVALS) + " | peak MiB |",
-        "|---" * (len(RIVALS) + 5) + "|",
+        "| dtype | D | tokens | ours, ms | " + " | ".join(RIVALS) + " | peak MiB | rounds x processes |",
+        "|---" * (len(RIVALS) + 6) + "|",
         *(_row(cell) for cell in cells),
     ]
     name.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
