@@ -256,8 +256,8 @@ def _write(name: Path | None, cells: list[dict]) -> None:
         f"`python benchmarks/moe_layer.py`, {platform.processor() or platform.machine()} ({_cpu()}), torch "
         f"{torch.__version__}, threads {sorted({c['threads'] for c in cells})}. Compiled operations: {ops.kernels()}.",
         f"Commit {', '.join(sorted({c['commit'] for c in cells}))}.",
-        "Ratios are rival / ours within a round: median (quartiles); above 1 ours is faster; bold: the fastest rival.",
-        f"Memory: peak of one pass in MiB, in the order {', '.join((OURS, *RIVALS))}.",
+        "Ratios are rival / ours within a round: median (quartiles); above 1 ours is faster; bold: the best rival.",
+        f"Memory: peak of a second pass in MiB, in the order {', '.join((OURS, *RIVALS))}.",
         "",
         "| dtype | D | tokens | ours, ms | " + " | ".join(RIVALS) + " | peak MiB | rounds x processes |",
         "|---" * (len(RIVALS) + 6) + "|",

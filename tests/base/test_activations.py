@@ -199,7 +199,7 @@ def test_temporaries_of_the_compiled_block(kind, shared_ratio, one_by_one, dtype
 
     third = (4, hidden, dim) if swiglu else (4, 1, hidden + dim)
     weights = [made(4, hidden, dim), made(4, dim, hidden), made(*third)]
-    weights += [made(wide, dim), made(dim, wide), made(wide, dim)] if wide else [None] * 3
+    weights += [made(wide, dim), made(dim, wide), made(wide, dim)] if wide else []
     x, dy, gates, to = made(rows, dim), made(rows, dim), torch.rand(rows, 2), balanced(rows, 4, 2)
     beside = [made(rows, wide) if wide else None for _ in range(2)]
     kept = Kept(made(2 * rows, hidden), made(2 * rows, hidden) if swiglu else None, *beside, made(rows, dim))
@@ -211,6 +211,6 @@ def test_temporaries_of_the_compiled_block(kind, shared_ratio, one_by_one, dtype
         backward(dy, x, Places(gates, *to), Weights(*weights), kept, ada_gate, 0 if swiglu else 1, True)
     stream = rows * dim * dtype.itemsize
     expected = compiled_temporaries(spec, rows=rows, itemsize=dtype.itemsize, one_by_one=one_by_one) - stream  # dy
-    results = sum(w.nbytes for w in weights if w is not None)
+    results = sum(w.nbytes for w in weights)
     # Not counted: the gates' gradients, a few numbers a row. The GPU's peak may lie before the weights' gradients.
     assert expected - 0.02 * expected <= peak.most <= 1.1 * (expected + results)

@@ -238,7 +238,7 @@ def test_the_gpu_compositions_of_the_block_give_the_same(kind, variant, weights,
     to = Places(r.gates, r.indices, r.order, r.position, r.counts, r.ends)
     third = (4, 32, 24) if kind == "swiglu" else (4, 1, 56)
     sizes = ((4, 32, 24), (4, 24, 32), third, *(((20, 24), (24, 20), (20, 24)) if rest else ()))
-    given = [random(*size, seed=i) for i, size in enumerate(sizes)] + [None] * (0 if rest else 3)
+    given = [random(*size, seed=i) for i, size in enumerate(sizes)]
     residual, ada_gate = (random(90, 24, seed=7), random(3, 24, seed=8)) if rest else (None, None)
     before, glu = (x, to, Weights(*given), End(residual, ada_gate, rest)), variant == "glu"
     one = ffn_by_expert.forward(*before, code, keep)

@@ -69,7 +69,7 @@ def call(
     keep = torch.is_grad_enabled() and not recompute
     places = (to.gates, to.indices, to.order, to.position, to.counts, to.ends)
     keep_branch = ada_gate is not None and ada_gate.requires_grad and torch.is_grad_enabled()
-    w, end = Weights(*weights, *(shared or (None, None, None))), End(residual, ada_gate, keep_branch)
+    w, end = Weights(*weights, *(shared or ())), End(residual, ada_gate, keep_branch)
     return torch.ops.dsmoe.moe_ffn(x, *places, *w, *end, kind, variant, keep)[0]
 
 

@@ -36,9 +36,9 @@ class Weights(NamedTuple):
     w1: Tensor
     w2: Tensor
     w3: Tensor
-    s1: Tensor | None
-    s2: Tensor | None
-    s3: Tensor | None
+    s1: Tensor | None = None
+    s2: Tensor | None = None
+    s3: Tensor | None = None
 
     def biases(self) -> tuple[Tensor, Tensor]:
         """b1 [E, F] and b2 [E, D] of GELU experts."""
