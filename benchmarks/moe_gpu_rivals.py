@@ -1,8 +1,9 @@
 """What one would take instead of `dsmoe.moe.MoE` on a GPU, beside moe_rivals.py: for gpu_suite.
 
-Written where there was no GPU: all that a CPU can run (sorted rows in plain torch, Megatron-core's
-permutation) was run there and computes ours; the adapters to MegaBlocks, ScatterMoE and SonicMoE were never run. Those
-bring their own routers and weights of the same shapes, so their numbers cannot be compared.
+Written where there was no GPU. What a CPU can run was run there and computes ours: sorted rows in plain torch, also
+under torch.compile, Megatron-core's permutation, and ScatterMoE (47b5e15, in fp32 under Triton's interpreter, with
+gradients). The adapters to MegaBlocks and SonicMoE were never run, only read against 78eea65 and 8565e84: their routers
+are their own (rounded to bf16; renormalised), so their numbers cannot be compared.
 """
 
 import importlib.util
@@ -15,13 +16,22 @@ from torch.nn import functional as F
 from dsmoe.moe import MoE
 
 
-class Grouped(Rival):
-    """Rows sorted by expert through torch's grouped product, without a host synchronisation; bf16 on a GPU."""
+class CountedOnDevice(Rival):
+    """Rows counted without a host synchronisation, which bincount on a GPU costs."""
 
     def by_expert(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = indices.flatten()
         order = flat.argsort(stable=True)
-        return order, x[order // self.k], F.one_hot(flat, self.count).sum(0)
+        counts = torch.zeros(self.count, dtype=torch.int64, device=x.device)
+        return order, x[order // self.k], counts.scatter_add_(0, flat, torch.ones_like(flat))
+
+
+class GpuAutoEP(CountedOnDevice, AutoEP):
+    """AutoEP's experts; its own router counts without a synchronisation too (deepspeed/moe/ep_count.py)."""
+
+
+class Grouped(CountedOnDevice):
+    """Rows sorted by expert through torch's grouped product; bf16 on a GPU."""
 
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
         order, rows, counts = self.by_expert(x, indices)
@@ -80,7 +90,7 @@ class Megatron(Grouped):
 
 
 class MegaBlocks(Rival):
-    """megablocks.layers.dmoe.dMoE with grouped products."""
+    """megablocks.layers.dmoe.dMoE with grouped products, without its balance loss, which it would collect for ever."""
 
     same_numbers, kinds = False, ("swiglu",)
 
@@ -93,26 +103,29 @@ class MegaBlocks(Rival):
         arguments = Arguments(
             hidden_size=w1.shape[2], ffn_hidden_size=w1.shape[1], moe_num_experts=self.count, moe_top_k=self.k,
             mlp_type="glu", mlp_impl="grouped", activation_fn=F.silu, bias=False, return_bias=False,
-            fp16=False, bf16=True, device=w1.device,
+            moe_loss_weight=0.0, fp16=False, bf16=True, device=w1.device,
         )  # fmt: skip
         self.layer = dMoE(arguments)
 
-    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+    def moe(self, x: Tensor) -> Tensor:
         y = self.layer(x[:, None])
         return (y[0] if isinstance(y, tuple) else y)[:, 0]
 
 
 class ScatterMoE(Rival):
-    """scattermoe.mlp.GLUMLP with our routing."""
+    """scattermoe.mlp.GLUMLP with our routing and copies of our weights."""
 
-    same_numbers, kinds = False, ("swiglu",)
+    kinds = ("swiglu",)
 
     def __init__(self, ours: MoE) -> None:
         super().__init__(ours)
         from scattermoe.mlp import GLUMLP
 
-        w1 = ours.experts.w1
-        self.layer = GLUMLP(w1.shape[2], w1.shape[1], self.count, self.k).to(w1.device, w1.dtype)
+        e = ours.experts
+        self.layer = GLUMLP(e.w1.shape[2], e.w1.shape[1], self.count, self.k).to(e.w1.device, e.w1.dtype)
+        with torch.no_grad():
+            self.layer.experts.weight.copy_(torch.cat([e.w3, e.w1], dim=1))  # its gate is the second half
+            self.layer.output_experts.weight.copy_(e.w2)
 
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
         return self.layer(x, gates.to(x.dtype), indices)
@@ -136,7 +149,7 @@ class SonicMoE(Rival):
             intermediate_size=w1.shape[1], activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02,
         ).to(w1.device, w1.dtype)  # fmt: skip
 
-    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+    def moe(self, x: Tensor) -> Tensor:
         return self.layer(x, kernel_backend_moe=self.backend)[0]
 
 
@@ -145,7 +158,7 @@ COMPILED, COMPILED_LOOP = "torch.compile, grouped", "torch.compile, loop"
 GPU_RIVALS = {
     LOOP: Loop,
     "sorted, grouped products": Grouped,
-    AUTOEP: AutoEP,
+    AUTOEP: GpuAutoEP,
     "Megatron-core permute": Megatron,
     "MegaBlocks": MegaBlocks,
     "ScatterMoE": ScatterMoE,

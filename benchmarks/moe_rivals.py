@@ -4,8 +4,6 @@ Each takes tokens [N, D] and returns [N, D]: top-2 softmax over all experts, not
 ours has one. All but `DeepSpeedMoE` compute the same numbers. Those that only make sense on a GPU: moe_gpu_rivals.py.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,14 +23,18 @@ class Rival(nn.Module):
         self.count = ours.experts.num_experts
 
     def forward(self, x: Tensor) -> Tensor:
-        probs = F.linear(x.float(), self.ours.gate.weight.float()).softmax(-1)
-        gates, indices = probs.topk(self.k, dim=-1)
-        y, shared = self.routed(x, gates, indices), self.ours.shared_experts
+        y, shared = self.moe(x), self.ours.shared_experts
         if shared is None:
             return y
         return y + F.linear(F.silu(shared.gate_proj(x)) * shared.up_proj(x), shared.down_proj.weight)
 
+    def moe(self, x: Tensor) -> Tensor:
+        """Routed tokens; overridden by those that bring their own router, which then do not pay for ours."""
+        probs = F.linear(x.float(), self.ours.gate.weight.float()).softmax(-1)
+        return self.routed(x, *probs.topk(self.k, dim=-1))
+
     def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+        """Gated sum of each token's experts; gates, indices [N, k]."""
         raise NotImplementedError
 
     def expert(self, rows: Tensor, i: int) -> Tensor:
@@ -129,7 +131,7 @@ class DeepSpeedMoE(Rival):
         self.layer.to(ours.experts.w1.dtype)
         self.layer.deepspeed_moe.gate.wg.float()
 
-    def routed(self, x: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+    def moe(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
 
 
@@ -156,6 +158,6 @@ RIVALS = {
 
 
 def agree(y: Tensor, truth: Tensor) -> bool:
-    """Whether two layers computed the same, up to rounding in their dtype."""
-    allowed = 20 * torch.finfo(y.dtype).eps * math.sqrt(y.shape[-1])
-    return bool((y - truth).norm() <= allowed * truth.norm())
+    """Whether two layers computed the same, up to rounding in their dtype. Right ones differ by 0.5 eps in bf16 and
+    1.3 in fp32 (D 64 to 1024), one wrong token among 500 by at least 8."""
+    return bool((y - truth).norm() <= 4 * torch.finfo(y.dtype).eps * truth.norm())

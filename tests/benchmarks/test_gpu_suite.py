@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_suite  # noqa: E402
+import moe_layer  # noqa: E402
 from gpu_sections import layer, op_floors, targets  # noqa: E402
 from gpu_sections.settings import Settings  # noqa: E402
 from moe_gpu_rivals import GPU_RIVALS, missing  # noqa: E402
+from moe_rivals import Loop, agree  # noqa: E402
 
 
 def settings(folder, seconds=30.0):
@@ -43,6 +45,30 @@ def test_a_section_runs_and_prints_its_rows(name, tmp_path):
         assert [row["holds"] for row in rows] == [True, None, None]
     if name == "tune":
         assert (tmp_path / "tuning.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rival_that_computes_something_else_is_found(dtype):
+    """One wrong token among 256, renormalised gates, another expert's weights."""
+    key = {"device": "cpu", "dtype": dtype, "dim": 64, "tokens": 256}
+    ours, (x, _) = moe_layer.our_layer(64, dtype, "cpu"), moe_layer.inputs(key)
+    truth = ours(x[None])[0][0].detach()
+
+    def found(rival, x=x):
+        return agree(rival(x).detach(), truth)
+
+    class Renormalised(Loop):
+        def routed(self, x, gates, indices):
+            return super().routed(x, gates / gates.sum(-1, keepdim=True), indices)
+
+    class Swapped(Loop):
+        def expert(self, rows, i):
+            return super().expert(rows, {0: 1, 1: 0}.get(i, i))
+
+    assert found(Loop(ours))
+    assert not found(Loop(ours), x.index_copy(0, torch.tensor([3]), x[4:5]))
+    assert not found(Renormalised(ours))
+    assert not found(Swapped(ours))
 
 
 def test_the_floor_is_what_the_tensors_of_a_call_weigh():
