@@ -21,7 +21,7 @@ def check_scope(scope: str) -> str:
 def counts_per_sample(indices: Tensor, batch: int, num_experts: int) -> Tensor:
     """Choices of each expert in each sample, int64 [B, E]; indices [N, k], N = B * T in sample order."""
     every = torch.arange(num_experts, device=indices.device)
-    return (indices.reshape(batch, indices.numel() // max(batch, 1), 1) == every).sum(1)
+    return (indices.reshape(batch, 1, indices.numel() // max(batch, 1)) == every[:, None]).sum(-1)
 
 
 def sample_balance(probs: Tensor, counts: Tensor) -> Tensor:
@@ -30,10 +30,12 @@ def sample_balance(probs: Tensor, counts: Tensor) -> Tensor:
     probs [B, T, E], counts [B, E]. The loss of a batch is the mean of the losses of its images, so it does
     not depend on how images are laid out over micro-batches and ranks.
     """
-    batch, tokens, _ = probs.shape
+    batch, tokens, experts = probs.shape
     if batch * tokens == 0:
         return probs.sum()
-    return load_balance(probs.mean(1), shares(counts, probs.dtype)).mean()
+    # The means' divisors go to the counts, which have no gradient: half the operations each way.
+    weight = shares(counts, probs.dtype) * (experts / (batch * tokens))
+    return (probs.sum(1) * weight).sum()
 
 
 def micro_balance(probs: Tensor, counts: Tensor) -> Tensor:

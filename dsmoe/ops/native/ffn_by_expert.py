@@ -87,26 +87,31 @@ def _through_experts(
             for d in dw if dweights is not None else ():
                 d.zero_()
             continue
-        tokens = x.index_select(0, own)
         if hidden is None:
-            hidden, upper = _first_products(tokens, w1, w3, swiglu)
+            hidden, upper = _first_products(x.index_select(0, own), w1, w3, swiglu)
         da = torch.empty_like(hidden)
         products.mm(mine, w2, da)
         dh, dup, _, found, a = torch.ops.dsmoe.expert_act_backward(
             da, hidden, kind, upper, None, None, gates, dweights is not None
         )
         dgate.append(found)
+        # Each is freed after its last use: what is alive at once decides the layer's peak.
+        del da, hidden, upper
         if dweights is not None:
             products.mm(mine.mT, a, dw[1])
+        del a
+        tokens = x.index_select(0, own)
+        if dweights is not None:
             products.mm(dh.mT, tokens, dw[0])
-            if swiglu:
-                products.mm(dup.mT, tokens, dw[2])
-            else:
+            if not swiglu:
                 dw[2][0, : dh.shape[1]] = dh.sum(0)
         products.mm(dh, w1, mine)
+        del dh
         if swiglu:
             products.addmm(mine, dup, w3, mine)
-        del tokens, hidden, upper, da, dh, dup, a  # before the next expert's are made
+            if dweights is not None:
+                products.mm(dup.mT, tokens, dw[2])
+        del dup, tokens
     return torch.cat(dgate) if dgate else torch.empty_like(row_gates)
 
 
