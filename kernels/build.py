@@ -129,6 +129,7 @@ def _cpu_steps(compiler: str, digest: str | None, archs: list[str]) -> list[Step
     steps = [
         Step((compiler, *_CXX_FLAGS, *torch_side, mark), SOURCES / "ops.cpp"),
         Step((compiler, *_CXX_FLAGS, *torch_side), SOURCES / "grouped_ops.cpp"),
+        Step((compiler, *_CXX_FLAGS, *torch_side), SOURCES / "glu_ops.cpp"),
         Step((compiler, *_CXX_FLAGS, *torch_flags), cpu / "launchers.cpp"),
         Step((compiler, *_CXX_FLAGS, *(("-DDSMOE_X86",) if x86 else ())), cpu / "select.cpp"),
     ]

@@ -65,7 +65,10 @@ _NATIVE = {
         native.moe_ffn,
     )
 }
-_NATIVE["moe_ffn"] += (Implementation("native:glu", partial(native.moe_ffn, variant="glu"), native.DEVICES),)
+_NATIVE["moe_ffn"] += tuple(
+    Implementation(f"native:{name}", partial(native.moe_ffn, variant=name), devices)
+    for name, devices in native.VARIANTS.items()
+)
 # After the reference: on no machine the default.
 _OTHERS = {
     function.__name__: (Implementation("megatron", function, megatron.DEVICES, megatron.installed, megatron.load),)

@@ -203,10 +203,14 @@ def test_modulate(shape, dtype, compiled):
 @DTYPES
 @pytest.mark.parametrize("end", [(), ("shared",), ("ada_gate",), ("shared", "residual", "ada_gate")], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("kind", "products"), [("swiglu", "library"), ("swiglu", "blocks"), ("gelu", "library")])
 # The second has experts without rows, and enough gates for an RMS of their gradients' errors that is not chance.
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (40, 48, 1, 24), (70, 16, 4, 33), (200, 4, 2, 48)], ids=str)
-def test_moe_ffn(shape, kind, recompute, end, dtype, compiled):
+def test_moe_ffn(shape, kind, products, recompute, end, dtype, compiled, device):
+    if device == "cpu":
+        ops.prefer({"moe_ffn": f"native:{products}"}, device)
+    elif products == "blocks":
+        pytest.skip("kernels of the CPU")
     n, e, k, d = shape
     f, r = 2 * d, routed(n, e, k)
     inputs = {"x": random(n, d, dtype=dtype), "gates": r.gates.detach()}

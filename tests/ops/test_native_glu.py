@@ -131,6 +131,8 @@ def test_which_variants_there_are(glu_variant):
     places = (r.gates, r.indices, r.order, r.position, r.counts, r.ends)
     with pytest.raises(ValueError, match='"glu" those of swiglu'):
         torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, *(None,) * 5, False, 1, "glu", True)
+    with pytest.raises(ValueError, match='"blocks" those of swiglu on a CPU'):
+        torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w3, *(None,) * 5, False, 1, "blocks", True)
     with pytest.raises(ValueError, match="variant 'fast'"):
         torch.ops.dsmoe.moe_ffn(random(10, 8), *places, w, w, w, *(None,) * 5, False, 0, "fast", True)
 

@@ -46,6 +46,8 @@ def test_opcheck(dtype):
             ((*gelu, *alone), (None, None, False, 1, library, False)),
             ((*swiglu, *shared), (*ends, True, 0, library, True)),
             ((*swiglu, *shared), (*ends, True, 0, ffn.GLU, False)),
+            ((*swiglu, *shared), (*ends, True, 0, ffn.BLOCKS, True)),
+            ((*swiglu, *alone), (None, None, False, 0, ffn.BLOCKS, False)),
             ((*gelu, *shared), (*ends, True, 1, library, False)),
         )
     ]

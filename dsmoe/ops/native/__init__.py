@@ -21,11 +21,14 @@ if LIBRARY.loaded:
     ffn.declare()
 # Device types that the kernels serve here.
 DEVICES = frozenset(["cpu", *(["cuda"] if LIBRARY.archs else [])] if LIBRARY.loaded else [])
+# The same of moe_ffn's variants that differ from what runs anyway: on a GPU that is "library".
+VARIANTS = {ffn.LIBRARY: DEVICES & {"cpu"}, ffn.BLOCKS: DEVICES & {"cpu"}, ffn.GLU: DEVICES}
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # kernels/csrc/cuda/launchers.h
 _GPU_EXPERTS, _GPU_CHOICES, _GPU_WIDTH, _GPU_MODULATED_WIDTH = 64, (1, 2, 4), 8192, 4096
+_WIDEST_OF_BLOCKS = 128
 _KINDS = {"swiglu": 0, "gelu": 1}
 
 
@@ -92,15 +95,16 @@ def moe_ffn(
     ada_gate: Tensor | None = None,
     recompute: bool = False,
     *,
-    variant: str = ffn.LIBRARY,
+    variant: str | None = None,
 ) -> Tensor:
-    """See dsmoe.ops.moe_ffn. variant: of the products, see ffn; experts of "gelu" know the library's alone."""
+    """See dsmoe.ops.moe_ffn. variant: of the products, see ffn; None for the default. Experts of "gelu" know the
+    library's alone."""
     beside = [t for t in (*weights, *(shared or ()), residual, ada_gate) if t is not None]
     widest = max(x.shape[1], weights[0].shape[1], shared[0].shape[0] if shared else 0)
     covered = _covers(x, *beside) and routing.gates.dtype == torch.float32
     if not covered or (x.device.type != "cpu" and widest > _GPU_WIDTH):
         return composed.moe_ffn(x, routing, weights, kind, shared, residual, ada_gate, recompute)
-    variant = variant if kind == "swiglu" else ffn.LIBRARY
+    variant = (variant or _default_variant(x)) if kind == "swiglu" else ffn.LIBRARY
     return ffn.call(x, routing, weights, shared, _KINDS[kind], residual, ada_gate, recompute, variant)
 
 
@@ -109,6 +113,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if not _covers(x, shift, scale) or _too_wide(x, _GPU_MODULATED_WIDTH):
         return modulation.modulate(x, shift, scale)
     return torch.ops.dsmoe.modulate(x, shift, scale)[0]
+
+
+def _default_variant(x: Tensor) -> str:
+    """As measured (LOG.md, 2026-11-29) on a processor with AVX2; wider vectors were not."""
+    narrow = x.device.type == "cpu" and LIBRARY.isa == "base" and x.shape[1] <= _WIDEST_OF_BLOCKS
+    return ffn.BLOCKS if narrow else ffn.LIBRARY
 
 
 def _covers(first: Tensor, *others: Tensor) -> bool:

@@ -8,6 +8,7 @@ by a `variant`, which is an argument of the operation:
 
 - "library": on a CPU the experts go one after the other (ffn_by_expert.py); on a GPU all go through the library's
   grouped product, the shared expert beside them on a stream of its own (ffn_grouped.py).
+- "blocks": kernels of our own, on a CPU; measured faster than the library's where the model is narrow (ffn_blocks.py).
 - "glu": first product, SwiGLU and gate in one kernel, and the backward of the second with that of SwiGLU, the shared
   expert's in the same launches (ffn_grouped.py, glu.py).
 """
@@ -17,13 +18,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsmoe.ops.native import ffn_by_expert, ffn_grouped
+from dsmoe.ops.native import ffn_blocks, ffn_by_expert, ffn_grouped
 from dsmoe.ops.native.ffn_parts import SWIGLU, End, Kept, Places, Weights
 from dsmoe.ops.native.registration import refuse_gradient
 from dsmoe.ops.reference.ffn import Matrices
 from dsmoe.ops.reference.routing import Routing
 
-LIBRARY, GLU = "library", "glu"
+LIBRARY, BLOCKS, GLU = "library", "blocks", "glu"
 _PLACES = "Tensor x, Tensor gates, Tensor indices, Tensor order, Tensor position, Tensor counts, Tensor ends"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor w3, Tensor? s1, Tensor? s2, Tensor? s3"
 _KEPT = "Tensor? h, Tensor? up, Tensor? shared_h, Tensor? shared_up, Tensor? branch"
@@ -33,6 +34,7 @@ _N_PLACES, _N_WEIGHTS, _N_END, _N_KEPT = (len(group._fields) for group in (Place
 
 def declare() -> None:
     """Define dsmoe::moe_ffn and its backward; called once, after the compiled pieces are registered."""
+    ffn_blocks.declare()
     define, implement = torch.library.define, torch.library.impl
     define(
         "dsmoe::moe_ffn",
@@ -80,7 +82,10 @@ def _forward(library: Callable) -> Callable:
     def run(x, *flat):
         to, w, rest = _groups(flat)
         end, (kind, variant, keep) = End(*rest[:_N_END]), rest[_N_END:]
-        if _is_glu(variant, kind):
+        _check(variant, kind, x.device.type)
+        if variant == BLOCKS:
+            return ffn_blocks.forward(x, to, w, end, keep)
+        if variant == GLU:
             return ffn_grouped.forward_glu(x, to, w, end, keep)
         return library(x, to, w, end, kind, keep)
 
@@ -91,7 +96,9 @@ def _backward(library: Callable) -> Callable:
     def run(dy, x, *flat):
         to, w, rest = _groups(flat)
         kept, (ada_gate, kind, variant, weights) = Kept(*rest[:_N_KEPT]), rest[_N_KEPT:]
-        if _is_glu(variant, kind):
+        if variant == BLOCKS:
+            return ffn_blocks.backward(dy, x, to, w, kept, ada_gate, weights)
+        if variant == GLU:
             return ffn_grouped.backward_glu(dy, x, to, w, kept, ada_gate, weights)
         return library(dy, x, to, w, kept, ada_gate, kind, weights)
 
@@ -103,12 +110,11 @@ def _groups(flat: tuple) -> tuple[Places, Weights, tuple]:
     return Places(*flat[:_N_PLACES]), Weights(*flat[_N_PLACES:weights_end]), flat[weights_end:]
 
 
-def _is_glu(variant: str, kind: int) -> bool:
-    if variant == GLU and kind == SWIGLU:
-        return True
-    if variant != LIBRARY:
-        raise ValueError(f'moe_ffn: variant {variant!r}; "{LIBRARY}" serves all experts, "{GLU}" those of swiglu.')
-    return False
+def _check(variant: str, kind: int, device_type: str) -> None:
+    of_swiglu = (GLU, BLOCKS) if device_type == "cpu" else (GLU,)
+    if variant != LIBRARY and (kind != SWIGLU or variant not in of_swiglu):
+        served = f'"{LIBRARY}" serves all experts, "{GLU}" those of swiglu, "{BLOCKS}" those of swiglu on a CPU'
+        raise ValueError(f"moe_ffn: variant {variant!r} on {device_type}; {served}.")
 
 
 # ---- autograd and fakes

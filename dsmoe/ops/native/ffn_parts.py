@@ -99,6 +99,17 @@ def begin_backward(
     return rows, dsum, dada
 
 
+def sum_backward(dy: Tensor, branch: Tensor | None, ada_gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the experts' sum [N, D], and of `ada_gate` (nothing without branch)."""
+    if ada_gate is None:
+        return dy, dy.new_empty(0)
+    itself = torch.arange(dy.shape[0], device=dy.device)[:, None]
+    dsum, _, _, dada = torch.ops.dsmoe.sum_rows_backward(
+        dy, itself, DTYPE_CODES[dy.dtype], None, None, branch, ada_gate, False
+    )
+    return dsum, dada
+
+
 def back_to_tokens(drows: Tensor, dgate: Tensor, dshared: Tensor | None, to: Places) -> tuple[Tensor, Tensor]:
     """dx [N, D], the shared expert's part added, and dgates [N, k] from the gradients of rows."""
     dx = torch.ops.dsmoe.sum_rows(drows, to.position, None, dshared, None, None, False, False)[0]

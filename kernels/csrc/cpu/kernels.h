@@ -10,6 +10,7 @@ namespace dsmoe {
 
 constexpr int64_t kTokens = 64;  // tokens of a unit (where images matter: of one image)
 constexpr int64_t kRows = 32;    // rows of a unit: of one expert
+constexpr int64_t kHidden = 24;  // rows of an expert's first matrices whose gradients are a unit
 
 inline int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -63,6 +64,35 @@ struct Act {
   float *dgate, *dbias;       // [R]; [units, F], null without bias
 };
 
+struct GluBlock {
+  int64_t expert, row, count;  // rows [row, row + count), at most Kernels::lanes, all of one expert
+};
+
+// SwiGLU experts, rows to rows; blocks in the order of rows, an expert's first ones full.
+struct Glu {
+  int dtype;
+  int64_t dim, hidden, k;
+  const GluBlock* blocks;
+  const void* x;          // T: row r is x[order[r] / k], or x[r] without order
+  const int64_t* order;   // [R] or null
+  const float* gates;     // [N, k], of row r the one at order[r]; null: all 1
+  const void *w1, *w2, *w3;  // T [E, F, D], [E, D, F], [E, F, D]
+  void *h, *up;           // T, R F numbers in an order of their own: written forward, read backward; null: not kept
+  void* y;                // T [R, D]
+};
+
+// Gradients of one expert, of blocks [first, last). Units: blocks for the rows, then kHidden rows of w1 for the weights.
+struct GluBackward {
+  const Glu* forward;
+  int64_t first, last, height;  // height: kLanes for each block
+  const void* dy;               // T [N, D], or [R, D] without order
+  void* dx;                     // T [R, D]
+  float* dgates;                // [N, k] or null
+  float *dh, *dup, *a;          // [blocks][F][lanes], handed from the rows to the weights; a null: no weights
+  float *x_strips, *dy_strips;  // [ceil(D / lanes)][height][lanes], likewise
+  void *dw1, *dw2, *dw3;        // T, as the weights
+};
+
 struct Modulate {
   int dtype;
   int64_t images, tokens, dim;
@@ -83,11 +113,20 @@ struct Kernels {
   void (*sum_backward)(const Rows&, int64_t, int64_t);
   void (*act)(const Act&, int64_t, int64_t);
   void (*act_backward)(const Act&, int64_t, int64_t);
+  int64_t lanes;
+  void (*glu)(const Glu&, int64_t, int64_t);  // range of blocks
+  void (*glu_rows)(const GluBackward&, int64_t, int64_t);
+  void (*glu_weights)(const GluBackward&, int64_t, int64_t);
   void (*modulate)(const Modulate&, int64_t, int64_t);
   void (*modulate_backward)(const Modulate&, int64_t, int64_t);
 };
 
 extern const Kernels kernels_base, kernels_avx512, kernels_avx512bf16;
 const Kernels& kernels();  // the best that this processor runs
+
+// launchers.cpp: the whole of it, with blocks of counts [E] rows; scratch and blocks are theirs. Experts without rows get
+// zero gradients.
+void run_glu(Glu, int64_t E, const int64_t* counts);
+void run_glu_backward(Glu, GluBackward, int64_t E, const int64_t* counts, bool weights);
 
 }  // namespace dsmoe

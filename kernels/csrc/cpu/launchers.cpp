@@ -5,7 +5,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -76,7 +78,56 @@ std::vector<ActUnit> act_units(int64_t R, int E, const int32_t* ends) {
   return units;
 }
 
+// Rows of each expert in blocks.
+std::vector<GluBlock> glu_blocks(int64_t E, const int64_t* counts) {
+  std::vector<GluBlock> blocks;
+  const int64_t lanes = kernels().lanes;
+  int64_t row = 0;
+  for (int64_t e = 0; e < E; e++)
+    for (int64_t end = row + counts[e]; row < end; row += blocks.back().count)
+      blocks.push_back({e, row, std::min(lanes, end - row)});
+  return blocks;
+}
+
+void zero(void* p, int dtype, int64_t from, int64_t count) {
+  const int64_t bytes = dtype == DSMOE_FLOAT32 ? 4 : 2;
+  std::memset(static_cast<char*>(p) + from * bytes, 0, count * bytes);
+}
+
 }  // namespace
+
+namespace dsmoe {
+
+void run_glu(Glu g, int64_t E, const int64_t* counts) {
+  const std::vector<GluBlock> blocks = glu_blocks(E, counts);
+  g.blocks = blocks.data();
+  spread(kernels().glu, g, blocks.size(), kernels().lanes * g.dim * g.hidden / 8);
+}
+
+void run_glu_backward(Glu g, GluBackward b, int64_t E, const int64_t* counts, bool weights) {
+  const std::vector<GluBlock> blocks = glu_blocks(E, counts);
+  const int64_t lanes = kernels().lanes, matrix = g.dim * g.hidden, all = blocks.size();
+  g.blocks = blocks.data(), b.forward = &g;
+  for (int64_t e = 0, first = 0; e < E; e++) {
+    int64_t last = first;
+    while (last < all && blocks[last].expert == e) last++;
+    if (first == last) {
+      for (void* dw : {b.dw1, b.dw2, b.dw3})
+        if (weights) zero(dw, g.dtype, e * matrix, matrix);
+      continue;
+    }
+    b.first = first, b.last = last, b.height = (last - first) * lanes;
+    const int64_t hidden = b.height * g.hidden, strips = weights ? units_of(g.dim, lanes) * lanes * b.height : 0;
+    const std::unique_ptr<float[]> own(new float[(weights ? 3 : 2) * hidden + 2 * strips]);
+    b.dh = own.get(), b.dup = b.dh + hidden, b.a = weights ? b.dup + hidden : nullptr;
+    b.x_strips = b.dup + (weights ? 2 : 1) * hidden, b.dy_strips = b.x_strips + strips;
+    spread(kernels().glu_rows, b, last - first, lanes * matrix / 4);
+    if (weights) spread(kernels().glu_weights, b, units_of(g.hidden, kHidden), kHidden * g.dim * b.height / 4);
+    first = last;
+  }
+}
+
+}  // namespace dsmoe
 
 extern "C" {
 

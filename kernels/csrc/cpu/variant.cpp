@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -20,13 +22,18 @@ namespace DSMOE_ISA {
 
 #include "activation.h"
 #include "modulation.h"
+#include "products.h"
 #include "route.h"
 #include "rows.h"
+
+#include "glu.h"
 }  // namespace DSMOE_ISA
 
+#define DSMOE_OWN(name) DSMOE_ISA::name
 const Kernels DSMOE_JOIN(kernels_, DSMOE_ISA) = {
-    DSMOE_TEXT(DSMOE_ISA),       DSMOE_ISA::route,        DSMOE_ISA::place,        DSMOE_ISA::route_backward,
-    DSMOE_ISA::gather,           DSMOE_ISA::sum,          DSMOE_ISA::sum_backward, DSMOE_ISA::act,
-    DSMOE_ISA::act_backward,     DSMOE_ISA::modulate,     DSMOE_ISA::modulate_backward,
+    DSMOE_TEXT(DSMOE_ISA),    DSMOE_OWN(route), DSMOE_OWN(place),        DSMOE_OWN(route_backward),
+    DSMOE_OWN(gather),        DSMOE_OWN(sum),   DSMOE_OWN(sum_backward), DSMOE_OWN(act),
+    DSMOE_OWN(act_backward),  DSMOE_OWN(kLanes), DSMOE_OWN(glu),          DSMOE_OWN(glu_rows),
+    DSMOE_OWN(glu_weights),   DSMOE_OWN(modulate), DSMOE_OWN(modulate_backward),
 };
 }  // namespace dsmoe
