@@ -179,9 +179,12 @@ def _in_a_process(key: dict, own: list[str], environment: dict[str, str]) -> Any
 
 
 def _commit() -> str:
-    """The checkout's commit, marked when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """The checkout's commit, marked when files differ from it; what this script writes does not count."""
+    name, changed = (
+        subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", ":!benchmarks/results"))
+    )
+    return name + ("-dirty" if changed else "")
 
 
 def _status(field: str) -> int:
@@ -241,7 +244,7 @@ def _row(cell: dict) -> str:
         parts.append(f"{mark}{middle:.2f}{mark} ({low:.2f}-{high:.2f})")
     memory = cell.get("peak_mib", {})
     parts.append(" / ".join(f"{memory[n]:.3g}" if n in memory else "-" for n in (OURS, *RIVALS)))
-    parts.append(f"{cell['rounds']} x {cell['processes']}")
+    parts.append(f"{cell['rounds']} x {cell['processes']} | {cell['commit']}")
     return "| " + " | ".join(parts) + " |"
 
 
@@ -255,12 +258,11 @@ def _write(name: Path | None, cells: list[dict]) -> None:
         "",
         f"`python benchmarks/moe_layer.py`, {platform.processor() or platform.machine()} ({_cpu()}), torch "
         f"{torch.__version__}, threads {sorted({c['threads'] for c in cells})}. Compiled operations: {ops.kernels()}.",
-        f"Commit {', '.join(sorted({c['commit'] for c in cells}))}.",
         "Ratios are rival / ours within a round: median (quartiles); above 1 ours is faster; bold: the best rival.",
         f"Memory: peak of a second pass in MiB, in the order {', '.join((OURS, *RIVALS))}.",
         "",
-        "| dtype | D | tokens | ours, ms | " + " | ".join(RIVALS) + " | peak MiB | rounds x processes |",
-        "|---" * (len(RIVALS) + 6) + "|",
+        "| dtype | D | tokens | ours, ms | " + " | ".join(RIVALS) + " | peak MiB | rounds x processes | commit |",
+        "|---" * (len(RIVALS) + 7) + "|",
         *(_row(cell) for cell in cells),
     ]
     name.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")

@@ -38,13 +38,13 @@ def backward(
     """Gradients of x, gates, the six weights and ada_gate."""
     run = torch.ops.dsmoe.glu_experts_backward
     dsum, dada = parts.sum_backward(dy, kept.branch, ada_gate)
-    routed = (to.order, to.position.shape[1], to.gates, to.counts)
-    rows, dgates, *dw = run(dsum, x, *routed, *w[:3], kept.h, kept.up, weights)
     dshared, dw_shared = None, parts.no_gradients(x, 3)
-    if w.s1 is not None:
+    if w.s1 is not None:  # first, because its scratch is the largest: all tokens are its rows
         first = (kept.shared_h, kept.shared_up)
         dshared, _, *made = run(dsum, x, None, 1, None, _all(x), *_stacks(w), *first, weights)
         dw_shared = [d[0] for d in made] if weights else made
+    routed = (to.order, to.position.shape[1], to.gates, to.counts)
+    rows, dgates, *dw = run(dsum, x, *routed, *w[:3], kept.h, kept.up, weights)
     dx = torch.ops.dsmoe.sum_rows(rows, to.position, None, dshared, None, None, False, False)[0]
     return dx, dgates, *dw, *dw_shared, dada
 

@@ -100,10 +100,10 @@ static inline float number(bf16 v) {
   return f;
 }
 static inline void put(float* p, float v) { *p = v; }
-static inline void put(bf16* p, float v) {
-  vf one{};
-  one[0] = v;
-  store(p, one, Part{1});
+static inline void put(bf16* p, float v) {  // as `narrow`
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  p->bits = v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u;
 }
 
 // Rows [first, last) and columns [from, to) of weights as float, row after row `stride` apart: themselves, or a copy.
