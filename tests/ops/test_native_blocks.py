@@ -1,11 +1,14 @@
 """SwiGLU experts by the CPU's own kernels (variant "blocks" of moe_ffn): against fp64, to the bit, at their limits."""
 
+import dataclasses
+
 import pytest
 import torch
 from fp64_truth import assert_right, needs_kernels
 from op_inputs import random, routed
 
 from dsmoe import ops
+from dsmoe.ops import native
 
 pytestmark = needs_kernels
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -171,3 +174,22 @@ def test_what_does_not_fit_is_refused(change, message):
     given = {"x": x, "order": r.order, "k": 2, "gates": gates, "counts": r.counts, "w1": w1, "w2": w2, "w3": w3}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dsmoe.glu_experts(**(given | change), keep=True)
+
+
+@pytest.mark.parametrize(
+    ("isa", "dim", "kind", "expected"),
+    [
+        ("base", 128, "swiglu", "blocks"),
+        ("base", 129, "swiglu", "library"),
+        ("base", 64, "gelu", "library"),
+        ("avx512", 64, "swiglu", "library"),
+    ],
+)
+def test_the_default_is_what_was_measured_faster(isa, dim, kind, expected, monkeypatch):
+    ran = []
+    monkeypatch.setattr(native.ffn, "call", lambda *given: ran.append(given[-1]))
+    monkeypatch.setattr(native, "LIBRARY", dataclasses.replace(native.LIBRARY, isa=isa))
+    stacks = [random(2, 8, dim), random(2, dim, 8), random(2, 8, dim) if kind == "swiglu" else random(2, 1, 8 + dim)]
+    native.moe_ffn(random(4, dim), routed(4, 2, 1), stacks, kind)
+    native.moe_ffn(random(4, dim), routed(4, 2, 1), stacks, kind, variant="glu")
+    assert ran == [expected, "glu" if kind == "swiglu" else "library"]

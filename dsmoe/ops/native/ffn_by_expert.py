@@ -100,8 +100,8 @@ def _through_experts(
         if dweights is not None:
             products.mm(mine.mT, a, dw[1])
         del a
-        tokens = x.index_select(0, own)
         if dweights is not None:
+            tokens = x.index_select(0, own)
             products.mm(dh.mT, tokens, dw[0])
             if not swiglu:
                 dw[2][0, : dh.shape[1]] = dh.sum(0)
@@ -111,7 +111,7 @@ def _through_experts(
             products.addmm(mine, dup, w3, mine)
             if dweights is not None:
                 products.mm(dup.mT, tokens, dw[2])
-        del dup, tokens
+        tokens = dup = None
     return torch.cat(dgate) if dgate else torch.empty_like(row_gates)
 
 

@@ -3,11 +3,8 @@
 // the results of one product are the operand of the next. Scratch is float whatever the tensors are.
 
 constexpr int kLanes = 2 * W;  // rows of a block
-#if defined(__AVX512F__)
-constexpr int kPanel = 12, kDirect = 8;  // rows of weights at once: sums and operands fill the registers
-#else
-constexpr int kPanel = 6, kDirect = 4;
-#endif
+// Rows of weights at once: sums and operands fill the registers, 32 of the wider vectors and 16 of others.
+constexpr int kPanel = W == 16 ? 12 : 6, kDirect = W == 16 ? 8 : 4;
 constexpr int64_t kDepth = 128;            // terms of one chain of sums: as many as leave it as right as the library's
 constexpr int64_t kWeightsAtOnce = 49152;  // numbers of weights that all blocks pass before the next come, in the L2
 

@@ -1,7 +1,7 @@
 // Vectors of W floats on the compiler's vector extensions: one source for every instruction set, portable without any.
 // Included inside the namespace of one instruction set.
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DSMOE_WIDE)  // the latter for tests on machines without
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
