@@ -1,5 +1,5 @@
-// torch's side of SwiGLU experts on a CPU from rows to rows (cpu/glu.h), called by dsmoe/ops/native/ffn_blocks.py inside
-// dsmoe::moe_ffn. The shared expert is one of E = 1 that all tokens pass.
+// torch's side of SwiGLU experts on a CPU from tokens to rows (cpu/glu.h), called by dsmoe/ops/native/ffn_blocks.py
+// inside dsmoe::moe_ffn. The shared expert is one of E = 1 that all tokens pass.
 #include "binding.h"
 
 #include "cpu/kernels.h"

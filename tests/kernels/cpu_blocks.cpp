@@ -1,6 +1,7 @@
-// The CPU's SwiGLU kernels (kernels/csrc/cpu/glu.h) without torch, for the address sanitizer: every buffer is a heap block
-// of its exact size. Held against plain loops in double; allowed is twice the error of the same loops in float, with
-// every intermediate result rounded to the tensors' dtype. Exit code 1 and a line for each result that is not right.
+// The CPU's SwiGLU kernels (kernels/csrc/cpu/glu.h) without torch, for the address sanitizer: every buffer is a heap
+// block of its exact size. Held against plain loops in double; allowed is twice the error of the same loops in float,
+// with every intermediate result rounded to the tensors' dtype. Exit code 1 and a line for each result that is not
+// right.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -184,14 +185,15 @@ bool right(const Layer& l) {
   const char* names[] = {"y", "dx", "dgates", "dw1", "dw2", "dw3"};
   bool good = true;
   for (int i = 0; i < (l.weights ? 6 : 3); i++) {
-    const double floor = (found[i]->dtype ? 1.0 / 256 : 1.0 / 16777216) * rms(truth[i], std::vector<double>(truth[i].size()),
-                                                                            truth[i].size());
-    const double error = rms(*found[i], truth[i], truth[i].size());
-    const double allowed = 2 * std::max(floor, rms(plain[i], truth[i], truth[i].size()));
+    const int64_t count = truth[i].size();
+    const double unit = found[i]->dtype ? 1.0 / 256 : 1.0 / 16777216;
+    const double floor = unit * rms(truth[i], std::vector<double>(count), count);
+    const double error = rms(*found[i], truth[i], count);
+    const double allowed = 2 * std::max(floor, rms(plain[i], truth[i], count));
     if (error <= allowed) continue;  // not of a NaN
     good = false;
-    std::printf("dtype %d, D %ld, F %ld, kept %d: error of %s is %g, allowed %g\n", l.dtype, long(l.D), long(l.F), l.keep,
-                names[i], error, allowed);
+    std::printf("dtype %d, D %ld, F %ld, kept %d: error of %s is %g, allowed %g\n", l.dtype, long(l.D), long(l.F),
+                l.keep, names[i], error, allowed);
   }
   return good;
 }
@@ -203,8 +205,10 @@ int main() {
   for (int dtype : {0, 1})
     for (bool keep : {true, false})
       for (bool weights : {true, false})
-        for (const Layer& l : {Layer{{3, 0, 70, 1}, 24, 40, 2}, Layer{{300, 17}, 7, 9, 1}, Layer{{5, 6, 7}, 150, 33, 2},
-                               Layer{{40}, 33, 290, 4}, Layer{{9}, 40, 40, 1}, Layer{{64, 32}, 50, 30, 2}, Layer{{150, 150}, 65, 70, 2}})
+        for (const Layer& l :
+             {Layer{{3, 0, 70, 1}, 24, 40, 2}, Layer{{300, 17}, 7, 9, 1}, Layer{{5, 6, 7}, 150, 33, 2},
+              Layer{{40}, 33, 290, 4}, Layer{{9}, 40, 40, 1}, Layer{{64, 32}, 50, 30, 2},
+              Layer{{150, 150}, 65, 70, 2}})
           good &= right({l.counts, l.D, l.F, l.k, dtype, keep, weights});
   std::printf("%ld lanes\n", long(kLanes));
   return good ? 0 : 1;

@@ -1,7 +1,5 @@
 """SwiGLU experts by the CPU's own kernels (variant "blocks" of moe_ffn): against fp64, to the bit, at their limits."""
 
-import dataclasses
-
 import pytest
 import torch
 from fp64_truth import assert_right, needs_kernels
@@ -177,18 +175,19 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("isa", "dim", "kind", "expected"),
+    ("isa", "machine", "dim", "kind", "expected"),
     [
-        ("base", 128, "swiglu", "blocks"),
-        ("base", 129, "swiglu", "library"),
-        ("base", 64, "gelu", "library"),
-        ("avx512", 64, "swiglu", "library"),
+        ("base", "x86_64", 128, "swiglu", "blocks"),
+        ("base", "x86_64", 129, "swiglu", "library"),
+        ("base", "x86_64", 64, "gelu", "library"),
+        ("base", "aarch64", 64, "swiglu", "library"),
+        ("avx512", "x86_64", 64, "swiglu", "library"),
     ],
 )
-def test_the_default_is_what_was_measured_faster(isa, dim, kind, expected, monkeypatch):
+def test_the_default_is_what_was_measured_faster(isa, machine, dim, kind, expected, monkeypatch):
     ran = []
     monkeypatch.setattr(native.ffn, "call", lambda *given: ran.append(given[-1]))
-    monkeypatch.setattr(native, "LIBRARY", dataclasses.replace(native.LIBRARY, isa=isa))
+    monkeypatch.setattr(native, "_BLOCKS_UP_TO", native._blocks_up_to(isa, machine))
     stacks = [random(2, 8, dim), random(2, dim, 8), random(2, 8, dim) if kind == "swiglu" else random(2, 1, 8 + dim)]
     native.moe_ffn(random(4, dim), routed(4, 2, 1), stacks, kind)
     native.moe_ffn(random(4, dim), routed(4, 2, 1), stacks, kind, variant="glu")

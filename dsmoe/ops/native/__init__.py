@@ -4,6 +4,8 @@ A call that the kernels do not cover (float64, float16 on a CPU, mixed dtypes, v
 reference.
 """
 
+import platform
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,16 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # kernels/csrc/cuda/launchers.h
 _GPU_EXPERTS, _GPU_CHOICES, _GPU_WIDTH, _GPU_MODULATED_WIDTH = 64, (1, 2, 4), 8192, 4096
-_WIDEST_OF_BLOCKS = 128
 _KINDS = {"swiglu": 0, "gelu": 1}
+
+
+def _blocks_up_to(isa: str, machine: str) -> int:
+    """The widest model for which "blocks" is the default on a CPU: measured with AVX2 (kernels/README.md), and not with
+    other vectors."""
+    return 128 if isa == "base" and machine in ("x86_64", "AMD64") else 0
+
+
+_BLOCKS_UP_TO = _blocks_up_to(LIBRARY.isa, platform.machine())
 
 
 def route(x: Tensor, weight: Tensor, k: int, renormalize: bool, bias: Tensor | None = None) -> Routing:
@@ -116,9 +126,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _default_variant(x: Tensor) -> str:
-    """As measured (LOG.md, 2026-11-29) on a processor with AVX2; wider vectors were not."""
-    narrow = x.device.type == "cpu" and LIBRARY.isa == "base" and x.shape[1] <= _WIDEST_OF_BLOCKS
-    return ffn.BLOCKS if narrow else ffn.LIBRARY
+    return ffn.BLOCKS if x.device.type == "cpu" and x.shape[1] <= _BLOCKS_UP_TO else ffn.LIBRARY
 
 
 def _covers(first: Tensor, *others: Tensor) -> bool:

@@ -266,7 +266,8 @@ static void glu_rows_of(const Glu& g, const GluBackward& back, int64_t begin, in
   }
 }
 
-// totals [strips][kHidden][kLanes] (+)= sum over the rows of blocks [begin, end) of left[hidden row, row] strip[row, column].
+// totals [strips][kHidden][kLanes] (+)= sum over the rows of blocks [begin, end) of left[hidden row, row] strip[row,
+// column].
 static inline void add_outer(const Glu& g, const GluBackward& back, int64_t begin, int64_t end, int64_t first,
                              int64_t last, const float* left, const float* strips, float* totals) {
   for (int64_t from = 0; from < g.dim; from += kLanes)
@@ -292,8 +293,8 @@ static inline void add_outer(const Glu& g, const GluBackward& back, int64_t begi
 
 static inline int64_t totals_of(const Glu& g) { return units_of(g.dim, kLanes) * kLanes * kHidden; }
 
-// Gradients of the weights for hidden rows [first, last), at most kHidden, of the expert of blocks [back.first, back.last).
-// The rows go by in chains of kDepth, whose strips stay in the L1 for all panels of hidden rows.
+// Gradients of the weights for hidden rows [first, last), at most kHidden, of the expert of blocks [back.first,
+// back.last). The rows go by in chains of kDepth, whose strips stay in the L1 for all panels of hidden rows.
 template <class T>
 static void glu_weights_of(const Glu& g, const GluBackward& back, int64_t first, int64_t last, float* totals) {
   const int64_t D = g.dim, F = g.hidden, at = g.blocks[back.first].expert * F * D;

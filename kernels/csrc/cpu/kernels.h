@@ -81,7 +81,7 @@ struct Glu {
   void* y;                // T [R, D]
 };
 
-// Gradients of one expert, of blocks [first, last). Units: blocks for the rows, then kHidden rows of w1 for the weights.
+// Gradients of one expert, of blocks [first, last). Units: blocks for the rows; kHidden rows of w1 for the weights.
 struct GluBackward {
   const Glu* forward;
   int64_t first, last, height;  // height: kLanes for each block
@@ -124,8 +124,8 @@ struct Kernels {
 extern const Kernels kernels_base, kernels_avx512, kernels_avx512bf16;
 const Kernels& kernels();  // the best that this processor runs
 
-// launchers.cpp: the whole of it, with blocks of counts [E] rows; scratch and blocks are theirs. Experts without rows get
-// zero gradients.
+// launchers.cpp: the whole of it, with blocks of counts [E] rows; scratch and blocks are theirs. Experts without rows
+// get zero gradients.
 void run_glu(Glu, int64_t E, const int64_t* counts);
 void run_glu_backward(Glu, GluBackward, int64_t E, const int64_t* counts, bool weights);
 

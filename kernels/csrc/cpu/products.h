@@ -1,6 +1,6 @@
-// Products of an expert's matrices with a block of its rows. The rows stand in the lanes of vectors: a block is a matrix
-// [K][kLanes], one column a row, so that weights [M, K] are read as they are stored, one broadcast number at a time, and
-// the results of one product are the operand of the next. Scratch is float whatever the tensors are.
+// Products of an expert's matrices with a block of its rows. The rows stand in the lanes of vectors: a block is a
+// matrix [K][kLanes], one column a row, so that weights [M, K] are read as they are stored, one broadcast number at a
+// time, and the results of one product are the operand of the next. Scratch is float whatever the tensors are.
 
 constexpr int kLanes = 2 * W;  // rows of a block
 // Rows of weights at once: sums and operands fill the registers, 32 of the wider vectors and 16 of others.
