@@ -1,7 +1,7 @@
 """One MoE layer, forward and backward: ours against what one would use instead, paired in one run.
 
     python benchmarks/moe_layer.py [--device cpu|cuda] [--dims 64 128 384] [--tokens 512 2048]
-        [--dtypes float32 bfloat16] [--rounds 7] [--processes 3] [--threads 1] [--no-memory]
+        [--dtypes float32 bfloat16] [--layers AutoEP ...] [--rounds 7] [--processes 3] [--threads 1] [--no-memory]
         [--write benchmarks/results/NAME]
 
 Eight SwiGLU experts of hidden size 4D, two choices a token, a shared expert of 2D. Ours is dsmoe.moe.MoE as it trains,
@@ -42,6 +42,8 @@ from dsmoe.moe import MoE  # noqa: E402
 from dsmoe.training.deepspeed_patches import skip_shm_op  # noqa: E402
 
 OURS = "dsmoe"
+# Ours with another implementation of moe_ffn than the default: rivals where --layers names them, on a CPU.
+VARIANTS = ("native:library", "native:blocks")
 EXPERTS = 8
 # For the peak of any layer: freed blocks go back to the system at once, and oneDNN keeps none of the programs it
 # compiles for a shape (about 1.5 MB each), so that the resident set is what the pass has in use.
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 128, 384])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--layers", nargs="+", default=list(RIVALS), help="the rivals")
+    parser.add_argument("--layers", nargs="+", default=list(RIVALS), choices=(*RIVALS, *VARIANTS), help="the rivals")
     parser.add_argument("--rounds", type=int, default=7, help="in each process")
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> int:
                 if not given.no_memory and given.device == "cpu":
                     cell["peak_mib"] = {n: _peak_of(key, n, given.processes) for n in (OURS, *given.layers)}
                 found = [c for c in found if any(c[k] != v for k, v in key.items())] + [cell]
-                print(_row(cell), flush=True)
+                print(_row(cell, given.layers), flush=True)
                 _write(given.write, found)
     return 0
 
@@ -101,7 +103,7 @@ def our_layer(dim: int, dtype: str, device: str, kind: str = "swiglu") -> MoE:
 def build(dim: int, dtype: str, device: str, names: list[str]) -> dict[str, torch.nn.Module]:
     """Ours and the rivals with its weights."""
     ours = our_layer(dim, dtype, device)
-    return {OURS: ours} | {name: RIVALS[name](ours).to(device) for name in names}
+    return {OURS: ours} | {name: ours if name in VARIANTS else RIVALS[name](ours).to(device) for name in names}
 
 
 def measure(key: dict, names: list[str], rounds: int) -> dict:
@@ -111,8 +113,11 @@ def measure(key: dict, names: list[str], rounds: int) -> dict:
     truth = layers[OURS](x[None])[0][0].detach()
     agreed = {}
     for name in names:
-        y = layers[name](x).detach()
-        agreed[name] = agree(y, truth) if layers[name].same_numbers else None
+        if name in VARIANTS:
+            ops.prefer({"moe_ffn": name}, key["device"])
+            agreed[name] = agree(layers[name](x[None])[0][0].detach(), truth)
+        else:
+            agreed[name] = agree(layers[name](x).detach(), truth) if layers[name].same_numbers else None
         assert agreed[name] is not False, f"{name} computes something else at {key}"
     for name in layers:
         step(layers[name], name, x, grad, key["device"])  # warm
@@ -138,8 +143,10 @@ def step(layer: torch.nn.Module, name: str, x: torch.Tensor, grad: torch.Tensor,
     x = x.detach().requires_grad_()
     clock = time.process_time if device == "cpu" else time.perf_counter
     _wait(device)
+    if name in (OURS, *VARIANTS):
+        ops.prefer({} if name == OURS else {"moe_ffn": name}, device)
     start = clock()
-    if name == OURS:
+    if name in (OURS, *VARIANTS):
         y, stats = layer(x[None])
         torch.autograd.backward((y, stats.balance_loss), (grad[None], torch.full_like(stats.balance_loss, 0.01)))
     else:
@@ -231,11 +238,11 @@ def best_rival(cell: dict) -> str:
     return min((n for n in cell["seconds"] if n != OURS), key=lambda n: ratios(cell, n)[1])
 
 
-def _row(cell: dict) -> str:
+def _row(cell: dict, columns: list[str]) -> str:
     parts = [
         f"{cell['dtype']} | {cell['dim']} | {cell['tokens']} | {statistics.median(cell['seconds'][OURS]) * 1e3:.2f}"
     ]
-    for name in RIVALS:
+    for name in columns:
         if name not in cell["seconds"]:
             parts.append("-")
             continue
@@ -243,7 +250,7 @@ def _row(cell: dict) -> str:
         mark = "**" if name == best_rival(cell) else ""
         parts.append(f"{mark}{middle:.2f}{mark} ({low:.2f}-{high:.2f})")
     memory = cell.get("peak_mib", {})
-    parts.append(" / ".join(f"{memory[n]:.3g}" if n in memory else "-" for n in (OURS, *RIVALS)))
+    parts.append(" / ".join(f"{memory[n]:.3g}" if n in memory else "-" for n in (OURS, *columns)))
     parts.append(f"{cell['rounds']} x {cell['processes']} | {cell['commit']}")
     return "| " + " | ".join(parts) + " |"
 
@@ -253,17 +260,18 @@ def _write(name: Path | None, cells: list[dict]) -> None:
         return
     name.with_suffix(".json").write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     cells = sorted(cells, key=lambda c: (c["device"], c["dtype"] != "float32", c["dim"], c["tokens"]))
+    columns = [n for n in (*RIVALS, *VARIANTS) if any(n in cell["seconds"] for cell in cells)]
     table = [
         f"# One MoE layer, forward and backward ({date.today()})",
         "",
         f"`python benchmarks/moe_layer.py`, {platform.processor() or platform.machine()} ({_cpu()}), torch "
         f"{torch.__version__}, threads {sorted({c['threads'] for c in cells})}. Compiled operations: {ops.kernels()}.",
         "Ratios are rival / ours within a round: median (quartiles); above 1 ours is faster; bold: the best rival.",
-        f"Memory: peak of a second pass in MiB, in the order {', '.join((OURS, *RIVALS))}.",
+        f"Memory: peak of a second pass in MiB, in the order {', '.join((OURS, *columns))}.",
         "",
-        "| dtype | D | tokens | ours, ms | " + " | ".join(RIVALS) + " | peak MiB | rounds x processes | commit |",
-        "|---" * (len(RIVALS) + 7) + "|",
-        *(_row(cell) for cell in cells),
+        "| dtype | D | tokens | ours, ms | " + " | ".join(columns) + " | peak MiB | rounds x processes | commit |",
+        "|---" * (len(columns) + 7) + "|",
+        *(_row(cell, columns) for cell in cells),
     ]
     name.with_suffix(".md").write_text("\n".join(table) + "\n", encoding="utf-8")
 
