@@ -158,8 +158,8 @@ RIVALS = {
 
 
 def agree(y: Tensor, truth: Tensor) -> bool:
-    """Whether two layers computed the same, up to rounding in their dtype. Right ones differ by 0.5 eps in bf16, in fp32
-    by 1.3 with products of one library and by 4.2 with other chains of sums (D 64 to 1024); one wrong token among 500
-    is about sqrt(2 / 500), 8 eps of bf16."""
+    """Whether two layers computed the same, up to rounding in their dtype. Right ones differ by 0.5 eps in bf16, and in
+    fp32 by 1.3 with products of one library, by 4.2 with other chains of sums (D 64 to 1024); one wrong token among
+    500 is about sqrt(2 / 500), 8 eps of bf16."""
     allowed = 16 if y.dtype == torch.float32 else 4
     return bool((y - truth).norm() <= allowed * torch.finfo(y.dtype).eps * truth.norm())
