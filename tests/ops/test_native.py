@@ -17,9 +17,9 @@ from dsmoe.ops.native import ffn_by_expert, ffn_grouped
 from dsmoe.ops.native.ffn_parts import End, Kept, Places, Weights
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-# tokens, experts, choices, dim: nothing, one, fewer than a vector, ragged dims, several units, many.
+# tokens, experts, choices, dim: nothing, one, fewer than a vector, ragged dims, several units, many; and long sums.
 SHAPES = [
-    (0, 4, 2, 8), (1, 2, 1, 5), (7, 4, 4, 24), (65, 8, 2, 33), (130, 16, 1, 64), (300, 64, 4, 40), (2500, 8, 2, 16),
+    (0, 4, 2, 8), (1, 2, 1, 5), (7, 4, 4, 24), (65, 8, 2, 33), (130, 16, 1, 64), (300, 64, 4, 40), (2500, 8, 2, 16), (60, 8, 2, 4100),
 ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_rows_there_and_back(shape, dtype, compiled):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu with bias"])
 @pytest.mark.parametrize(
-    ("counts", "hidden"), [([0, 0], 8), ([3, 0, 70, 1], 5), ([0, 129], 48), ([1] * 8, 33)], ids=str
+    ("counts", "hidden"), [([0, 0], 8), ([3, 0, 70, 1], 5), ([0, 129], 48), ([1] * 8, 33), ([40, 20], 4100)], ids=str
 )
 def test_expert_act(kind, gated, counts, hidden, dtype, compiled):
     rows = sum(counts)
@@ -189,7 +189,7 @@ def test_activations_at_the_ends_of_the_range(implementation):
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (1, 1, 5), (3, 70, 33), (2, 256, 64), (5, 129, 384)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (1, 1, 5), (3, 70, 33), (2, 256, 64), (5, 129, 384), (2, 9, 4090)], ids=str)
 def test_modulate(shape, dtype, compiled):
     b, t, d = shape
     inputs = {"x": 4 * random(b, t, d, dtype=dtype) + 2}

@@ -58,7 +58,7 @@ def test_against_fp64(n, experts, k, dtype):
 @DTYPES
 @pytest.mark.parametrize(
     ("n", "d", "f"),
-    [(1500, 24, 40), (40, 520, 36), (40, 36, 900), (300, 300, 600), (50, 7, 9), (30, 1, 1), (100, 17, 25)],
+    [(1500, 24, 40), (40, 520, 36), (40, 24, 4100), (300, 300, 600), (50, 7, 9), (30, 1, 1), (100, 17, 25)],
     ids=["many rows", "wide", "deep", "large", "odd", "one", "one above a panel"],
 )
 def test_against_fp64_at_shapes_that_are_cut_to_pieces(n, d, f, dtype):

@@ -39,7 +39,7 @@ static void act_backward_of(const Act& a, int64_t begin, int64_t end) {
       const T* dout = static_cast<const T*>(a.dout) + at;
       T *out = static_cast<T*>(a.out), *dh = static_cast<T*>(a.dh) + at, *dup = static_cast<T*>(a.dup) + at;
       const float gate = a.gate ? a.gate[r] : 1.0f;
-      vf dot{};
+      Sum dot;
       sweep(a.hidden, [&](int64_t i, auto part) {
         vf x = load(h + i, part), d = load(dout + i, part), y, dx;
         if (bias) x += load(bias + i, part);
@@ -53,13 +53,13 @@ static void act_backward_of(const Act& a, int64_t begin, int64_t end) {
           dx = u * s * (1.0f + x * rest);
           store(dup + i, d * gate * silu, part);
         }
-        dot += d * y;
+        dot.add(d * y);
         vf g = d * gate * dx;
         store(dh + i, g, part);
         if (dbias) store(dbias + i, load(dbias + i, part) + g, part);
         if (out) store(out + at + i, y * gate, part);
       });
-      if (a.dgate) a.dgate[r] = total(dot);
+      if (a.dgate) a.dgate[r] = dot.value();
     }
   }
 }

@@ -171,7 +171,8 @@ static void glu_hidden(const Glu& g, const GluBackward& back, int64_t begin, int
                        const float* made, float* packed, float* dgate) {
   const int64_t D = g.dim, F = g.hidden, blocks = end - begin;
   const Expert<T> e(g, g.blocks[begin].expert);
-  pieces(F, D, [&](int64_t first, int64_t last) {
+  // Of kDepth rows at most: a piece is a chain of the gates' gradients.
+  pieces(F, std::max(D, kWeightsAtOnce / kDepth), [&](int64_t first, int64_t last) {
     pack(e.w2, F, 0, D, first, last, packed);
     for (int64_t b = begin; b < end; b++)
       by_width(g.blocks[b].count, [&](auto width) {

@@ -67,13 +67,13 @@ static void sum_backward_token(const Rows& a, int64_t n, const O* dout, const T*
     const float gate = a.gates ? a.gates[n * a.k + j] : 1.0f;
     T* drows = a.drows ? static_cast<T*>(a.drows) + row * a.dim : nullptr;
     const T* rows = a.dgates ? static_cast<const T*>(a.rows) + row * a.dim : nullptr;
-    vf dot{};
+    Sum dot;
     sweep(a.dim, [&](int64_t i, auto part) {
       vf d = gradient(i, part);
-      if (rows) dot += d * load(rows + i, part);
+      if (rows) dot.add(d * load(rows + i, part));
       if (drows) store(drows + i, d * gate, part);
     });
-    if (rows) a.dgates[n * a.k + j] = total(dot);
+    if (rows) a.dgates[n * a.k + j] = dot.value();
   }
 }
 

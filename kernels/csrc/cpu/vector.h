@@ -111,6 +111,19 @@ static inline float total(vf v) {
 #endif
 }
 
+// A sum of many terms in chains of 16: one long chain would lose digits as it grows.
+struct Sum {
+  vf chain{}, whole{};
+  int length = 0;
+  void add(vf term) {
+    chain += term;
+    if (++length < 16) return;
+    whole += chain;
+    chain = vf{}, length = 0;
+  }
+  float value() const { return total(whole + chain); }
+};
+
 // e^x to about one unit in the last place: x = n ln 2 + r, Taylor series of degree 7 in |r| <= 0.35 (error 5e-9).
 // Above 88.37 infinity, below -87.33 zero, NaN stays NaN.
 static inline vf exponential(vf x) {
