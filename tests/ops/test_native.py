@@ -19,7 +19,8 @@ from dsmoe.ops.native.ffn_parts import End, Kept, Places, Weights
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # tokens, experts, choices, dim: nothing, one, fewer than a vector, ragged dims, several units, many; and long sums.
 SHAPES = [
-    (0, 4, 2, 8), (1, 2, 1, 5), (7, 4, 4, 24), (65, 8, 2, 33), (130, 16, 1, 64), (300, 64, 4, 40), (2500, 8, 2, 16), (60, 8, 2, 4100),
+    (0, 4, 2, 8), (1, 2, 1, 5), (7, 4, 4, 24), (65, 8, 2, 33), (130, 16, 1, 64), (300, 64, 4, 40), (2500, 8, 2, 16),
+    (60, 8, 2, 4100),
 ]  # fmt: skip
 
 
@@ -189,7 +190,11 @@ def test_activations_at_the_ends_of_the_range(implementation):
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (1, 1, 5), (3, 70, 33), (2, 256, 64), (5, 129, 384), (2, 9, 4090)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 3, 8), (2, 0, 8), (1, 1, 5), (3, 70, 33), (2, 256, 64), (5, 129, 384), (2, 9, 4090)],
+    ids=str,
+)
 def test_modulate(shape, dtype, compiled):
     b, t, d = shape
     inputs = {"x": 4 * random(b, t, d, dtype=dtype) + 2}
