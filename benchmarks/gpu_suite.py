@@ -172,6 +172,7 @@ def write(report: Path, every: dict, folder: Path) -> None:
         lines += [*_table(name, every), ""]
     report.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     if out := os.environ.get("OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
         for file in (report.with_suffix(".json"), report.with_suffix(".md"), folder / "tuning.json"):
             if file.exists():
                 shutil.copy(file, out)

@@ -212,8 +212,7 @@ def test_the_report_is_written_after_every_section_and_goes_to_out(tmp_path, mon
             return {"state": "failed", "rows": [], "seconds": 1.0, "error": "no luck"}
         return {"state": "done", "rows": [{"fact": "device", "value": "x"}], "seconds": 1.0, "error": ""}
 
-    out = tmp_path / "out"
-    out.mkdir()
+    out = tmp_path / "not" / "there yet"
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setattr(gpu_suite, "launch", launch)
     arguments = ["--device", "cpu", "--quick", "--folder", str(tmp_path / "f"), "--sections", "environment", "rates"]
