@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peak", help="one memory cell as JSON: what a process of its own runs")
     parser.add_argument("--cell", help="the same of a cell's time")
     given = parser.parse_args(argv)
+    if given.device != "cpu" and set(given.layers) & set(VARIANTS):
+        parser.error(f"--layers {' '.join(VARIANTS)} are implementations for a CPU; leave them out with --device cuda.")
     torch.set_num_threads(given.threads)
     if given.peak:
         print("FOUND", json.dumps(peak(**json.loads(given.peak))))
@@ -143,10 +145,11 @@ def step(layer: torch.nn.Module, name: str, x: torch.Tensor, grad: torch.Tensor,
     x = x.detach().requires_grad_()
     clock = time.process_time if device == "cpu" else time.perf_counter
     _wait(device)
-    if name in (OURS, *VARIANTS):
+    ours = name in (OURS, *VARIANTS)
+    if ours:
         ops.prefer({} if name == OURS else {"moe_ffn": name}, device)
     start = clock()
-    if name in (OURS, *VARIANTS):
+    if ours:
         y, stats = layer(x[None])
         torch.autograd.backward((y, stats.balance_loss), (grad[None], torch.full_like(stats.balance_loss, 0.01)))
     else:

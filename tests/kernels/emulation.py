@@ -31,6 +31,15 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def address_sanitizer() -> str | None:
+    """The compiler's library of it, or None."""
+    if compiler() is None:
+        return None
+    command = [compiler(), "-print-file-name=libasan.so"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return str(Path(found).resolve()) if Path(found).is_absolute() else None
+
+
 def source_hash(sources: Path = SOURCES, *words: str) -> str:
     """Of the CUDA sources, the emulation and these words."""
     digest = hashlib.sha256(" ".join(words).encode())

@@ -174,6 +174,20 @@ def test_what_does_not_fit_is_refused(change, message):
         torch.ops.dsmoe.glu_experts(**(given | change), keep=True)
 
 
+def test_a_backward_that_does_not_fit_is_refused():
+    inputs, r = layer(20, 4, 2, 8, 16)
+    x, gates, *weights = inputs.values()
+    run_backward, placed = torch.ops.dsmoe.glu_experts_backward, (r.order, 2, gates, r.counts, *weights)
+    h = torch.ones(40, 16)
+    for dy, kept, message in (
+        (x[:19], (h, h), "dy must be as x"),
+        (x, (h, None), "both h and up or neither"),
+        (x, (h, h[:39]), "as glu_experts kept them"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run_backward(dy, x, *placed, *kept, True)
+
+
 @pytest.mark.parametrize(
     ("isa", "machine", "dim", "kind", "expected"),
     [

@@ -50,7 +50,7 @@ def backward(
 
 
 def _all(x: Tensor) -> Tensor:
-    return torch.tensor([x.shape[0]])
+    return torch.tensor([x.shape[0]], device=x.device)
 
 
 def _stacks(w: Weights) -> tuple[Tensor, ...]:

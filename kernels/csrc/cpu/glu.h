@@ -1,6 +1,8 @@
-// SwiGLU experts from rows to rows: y = w2 (gate silu(w1 x) * w3 x) and its gradients, block after block.
+// SwiGLU experts from tokens to rows: y = w2 (gate silu(w1 x) * w3 x) and its gradients, block after block.
 
-// a scratch of floats that is not cleared
+constexpr int64_t kGroup = 128 / kLanes;  // blocks that go forward together: weights are widened once for them
+
+// A scratch of floats that is not cleared.
 struct Floats {
   explicit Floats(int64_t count) : at(new float[count ? count : 1]) {}
   float* get() const { return at.get(); }
@@ -101,7 +103,7 @@ static inline void first_products(const Glu& g, int64_t begin, int64_t end, cons
 template <class T>
 static void glu_group(const Glu& g, int64_t begin, int64_t end, float* x, float* a, float* y, float* wide) {
   const int64_t D = g.dim, F = g.hidden;
-  float gates[128];
+  float gates[kGroup * kLanes];
   for (int64_t b = begin; b < end; b++) gates_of(g, g.blocks[b], gates + (b - begin) * kLanes);
   for (int64_t b = begin; b < end; b++)
     to_block<T>(rows_at<T>(g, g.blocks[b], g.x), g.blocks[b].count, D, x + (b - begin) * D * kLanes);
@@ -155,7 +157,7 @@ static int64_t wide_floats(const Glu& g) {
 
 template <class T>
 static void glu_of(const Glu& g, int64_t begin, int64_t end) {
-  const int64_t most = std::min<int64_t>(end - begin, 128 / kLanes);
+  const int64_t most = std::min(end - begin, kGroup);
   const Floats x(most * g.dim * kLanes), y(most * g.dim * kLanes), a(most * g.hidden * kLanes), wide(wide_floats(g));
   while (begin < end) {
     int64_t last = begin + 1;

@@ -68,7 +68,7 @@ struct GluBlock {
   int64_t expert, row, count;  // rows [row, row + count), at most Kernels::lanes, all of one expert
 };
 
-// SwiGLU experts, rows to rows; blocks in the order of rows, an expert's first ones full.
+// SwiGLU experts, tokens to rows; blocks in the order of rows, an expert's first ones full.
 struct Glu {
   int dtype;
   int64_t dim, hidden, k;

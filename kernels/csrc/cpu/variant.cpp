@@ -29,11 +29,10 @@ namespace DSMOE_ISA {
 #include "glu.h"
 }  // namespace DSMOE_ISA
 
-#define DSMOE_OWN(name) DSMOE_ISA::name
 const Kernels DSMOE_JOIN(kernels_, DSMOE_ISA) = {
-    DSMOE_TEXT(DSMOE_ISA),    DSMOE_OWN(route), DSMOE_OWN(place),        DSMOE_OWN(route_backward),
-    DSMOE_OWN(gather),        DSMOE_OWN(sum),   DSMOE_OWN(sum_backward), DSMOE_OWN(act),
-    DSMOE_OWN(act_backward),  DSMOE_OWN(kLanes), DSMOE_OWN(glu),          DSMOE_OWN(glu_rows),
-    DSMOE_OWN(glu_weights),   DSMOE_OWN(modulate), DSMOE_OWN(modulate_backward),
+    DSMOE_TEXT(DSMOE_ISA),   DSMOE_ISA::route,    DSMOE_ISA::place,        DSMOE_ISA::route_backward,
+    DSMOE_ISA::gather,       DSMOE_ISA::sum,      DSMOE_ISA::sum_backward, DSMOE_ISA::act,
+    DSMOE_ISA::act_backward, DSMOE_ISA::kLanes,   DSMOE_ISA::glu,          DSMOE_ISA::glu_rows,
+    DSMOE_ISA::glu_weights,  DSMOE_ISA::modulate, DSMOE_ISA::modulate_backward,
 };
 }  // namespace dsmoe
