@@ -134,13 +134,6 @@ def test_strided_inputs():
     assert torch.equal(run(r, **wide), run(r, **inputs))
 
 
-def test_a_default_device_of_another_kind_changes_nothing():
-    inputs, r = layer(20, 4, 2, 24, 40, shared=16)
-    expected = run(r, **inputs)
-    with torch.device("meta"):
-        assert torch.equal(run(r, **inputs), expected)
-
-
 @DTYPES
 def test_opcheck_of_the_pieces(dtype):
     inputs, r = layer(20, 4, 2, 8, 16, dtype=dtype)
